@@ -1,0 +1,96 @@
+"""Azure-ML-style machine-learning pipelines on Apache Airflow."""
+
+# This file also goes into containers of any Python from 3.8 on, beside `runtime/` alone.
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from airflow_mlpipelines.definition.computes import (
+        DockerCompute,
+        KubernetesCompute,
+        LocalCompute,
+    )
+    from airflow_mlpipelines.definition.data import DataReference, PipelineData
+    from airflow_mlpipelines.definition.environment import Environment
+    from airflow_mlpipelines.definition.graph import PipelineGraph
+    from airflow_mlpipelines.definition.parameters import PipelineParameter
+    from airflow_mlpipelines.definition.pipeline import Pipeline
+    from airflow_mlpipelines.definition.resources import Resources
+    from airflow_mlpipelines.definition.steps import (
+        CommandStep,
+        PipelineStep,
+        PythonScriptStep,
+        StepSequence,
+    )
+    from airflow_mlpipelines.definition.workspace import Datastore, Workspace
+    from airflow_mlpipelines.runtime.run import Run
+    from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.submission.experiment import Experiment
+    from airflow_mlpipelines.submission.run import PipelineRun
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "CommandStep",
+    "DataReference",
+    "Datastore",
+    "DockerCompute",
+    "Environment",
+    "Experiment",
+    "KubernetesCompute",
+    "LocalCompute",
+    "Pipeline",
+    "PipelineData",
+    "PipelineGraph",
+    "PipelineParameter",
+    "PipelineRun",
+    "PipelineStep",
+    "PythonScriptStep",
+    "Resources",
+    "Run",
+    "StepSequence",
+    "Workspace",
+    "__version__",
+]
+
+_HOMES = {
+    "Artifact": "storage.artifact",
+    "CommandStep": "definition.steps",
+    "DataReference": "definition.data",
+    "Datastore": "definition.workspace",
+    "DockerCompute": "definition.computes",
+    "Environment": "definition.environment",
+    "Experiment": "submission.experiment",
+    "KubernetesCompute": "definition.computes",
+    "LocalCompute": "definition.computes",
+    "Pipeline": "definition.pipeline",
+    "PipelineData": "definition.data",
+    "PipelineGraph": "definition.graph",
+    "PipelineParameter": "definition.parameters",
+    "PipelineRun": "submission.run",
+    "PipelineStep": "definition.steps",
+    "PythonScriptStep": "definition.steps",
+    "Resources": "definition.resources",
+    "Run": "runtime.run",
+    "StepSequence": "definition.steps",
+    "Workspace": "definition.workspace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

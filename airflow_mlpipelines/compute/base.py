@@ -1,0 +1,163 @@
+"""How a step is launched, whatever it runs on: what a launcher is given, and what it promises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from airflow_mlpipelines._digest import digest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from airflow_mlpipelines.definition.graph import EnvironmentSpec, ResourcesSpec
+
+Emit = Callable[[str], None]
+"""Takes one line that the step printed, without its line end, as soon as it is there."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The directories of one step run on the worker's machine.
+
+    Attributes:
+        root: Holds all that is made for this step run and thrown away after it.
+        code: The unpacked snapshot; the process's working directory. Writable.
+        runtime: A directory for ``PYTHONPATH`` with the runtime package in it.
+        run: Where process and worker exchange files (``metrics.jsonl`` and the like). Writable.
+        inputs: Each input's name and the file or directory with its data. Not to be written.
+        outputs: Each output's name and the path where the process shall make it. Not there yet.
+        outputs_root: The directory that all the outputs' paths lie in. Writable.
+    """
+
+    root: Path
+    code: Path
+    runtime: Path
+    run: Path
+    inputs: Mapping[str, Path]
+    outputs: Mapping[str, Path]
+    outputs_root: Path
+
+
+@dataclass(frozen=True)
+class ProcessPaths:
+    """The same places as in :class:`Stage`, as the step's process sees them.
+
+    Attributes:
+        python: argv[0] for a Python script: a path, or a name that is on the process's ``PATH``.
+    """
+
+    code: str
+    runtime: str
+    run: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    python: str
+
+
+@dataclass(frozen=True)
+class ResolvedEnvironment:
+    """What an environment comes down to on a compute: all of it that can change a result.
+
+    Attributes:
+        description: JSON: ``{"kind": "python", "python": "3.11.7", "packages": {name: version},
+            "variables": {...}}`` or ``{"kind": "image", "image": "<name for people>", "digest":
+            "sha256:…", "variables": {...}}``.
+        image: The reference to run, by digest; None for processes.
+        python: The interpreter, where it is known beforehand.
+        cacheable: False if its content can't be known, so that nothing may be reused.
+        problem: Why it is not cacheable, in words.
+    """
+
+    description: Mapping[str, Any]
+    image: str | None = None
+    python: str | None = None
+    cacheable: bool = True
+    problem: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits. An image's name does not count, its digest does."""
+        counted = {key: value for key, value in self.description.items() if key != "image"}
+        return digest("environment-v1", counted)
+
+
+@dataclass(frozen=True)
+class StepLaunch:
+    """All that a launcher needs to know of one step run.
+
+    Attributes:
+        step_run_id: Safe in file names, container names and label values. The same for every try
+            of one Airflow task instance, another one after somebody cleared it.
+        env: Environment variables that anybody may see.
+        secrets: Environment variables that must appear in no log, label, argument or rendered field.
+        image: The image's reference, for launchers of containers.
+        labels: ``dag_id``, ``run_id``, ``task_id``, ``map_index``, ``try_number``, as text.
+        timeout_seconds: The program is killed after this long.
+    """
+
+    step_run_id: str
+    step_name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    secrets: Mapping[str, str]
+    stage: Stage
+    resources: ResourcesSpec
+    image: str | None = None
+    timeout_seconds: float | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class HandleStore(Protocol):
+    """Remembers, beyond the worker's life, what was launched (Airflow's task state store)."""
+
+    def get(self) -> dict[str, Any] | None:
+        """Return what an earlier try of this same task instance launched, or None."""
+
+    def set(self, handle: dict[str, Any] | None) -> None:
+        """Remember what was launched: a small JSON object without secrets. None forgets it."""
+
+
+class Launcher(ABC):
+    """Runs step programs on one compute. One instance serves one step run."""
+
+    @abstractmethod
+    def resolve_environment(self, environment: EnvironmentSpec | None) -> ResolvedEnvironment:
+        """Return what ``environment`` comes down to here, building nothing that takes long.
+
+        Called when a run is planned, once per environment, in the planning process.
+
+        Raises:
+            EnvironmentBuildError: It can't be resolved; the message says why and what to do.
+        """
+
+    @abstractmethod
+    def prepare_environment(
+        self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment, *, emit: Emit
+    ) -> ResolvedEnvironment:
+        """Return ``resolved`` made ready to run: built, pulled, its ``python`` and ``image`` set.
+
+        Raises:
+            EnvironmentBuildError: It can't be built.
+        """
+
+    @abstractmethod
+    def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:
+        """Return where the step's process finds the places of ``stage``."""
+
+    @abstractmethod
+    def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
+        """Run the program to its end; return only if it ended with exit code 0.
+
+        When this returns or raises, nothing that the program started is running any more. A program
+        that an earlier try launched, and that survived its worker, is adopted or removed first.
+
+        Raises:
+            StepFailedError: It ended otherwise; with its exit code and the end of its log.
+        """
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End the running program and all it started, within three seconds. Safe to call always."""

@@ -1,0 +1,41 @@
+"""Where this package keeps its things on a machine, read from the environment when asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CONFIG_FILE_NAME = "mlpipelines.yaml"
+CONFIG_VARIABLE = "MLPIPELINES_CONFIG"
+METADATA_CONNECTION_ID = "mlpipelines_metadata"
+METADATA_URL_VARIABLE = "MLPIPELINES_METADATA_URL"
+
+
+def airflow_home() -> Path:
+    """Return Airflow's home directory by Airflow's own rule: ``$AIRFLOW_HOME``, else ``~/airflow``."""
+    return Path(os.environ.get("AIRFLOW_HOME") or "~/airflow").expanduser().absolute()
+
+
+def home() -> Path:
+    """Return the directory for this package's data on this machine: ``$AIRFLOW_HOME/mlpipelines``."""
+    return airflow_home() / "mlpipelines"
+
+
+def work_directory() -> Path:
+    """Return where steps get their working directories on this machine.
+
+    ``$MLPIPELINES_WORK_DIR`` if set (name one that a Docker daemon on the same host can see), else
+    ``$AIRFLOW_HOME/mlpipelines/work``.
+    """
+    override = os.environ.get("MLPIPELINES_WORK_DIR")
+    return Path(override).expanduser().absolute() if override else home() / "work"
+
+
+def blob_cache_directory() -> Path:
+    """Return where this machine keeps fetched data by digest."""
+    return home() / "blobs"
+
+
+def default_metadata_url() -> str:
+    """Return the SQLAlchemy URL of the metadata database that is used without any set-up."""
+    return os.environ.get(METADATA_URL_VARIABLE) or f"sqlite:///{home() / 'metadata.db'}"

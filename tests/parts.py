@@ -1,0 +1,43 @@
+"""The real parts that some tests need: found, or a reason to skip, or (in CI) to fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REQUIRE_PARTS = "MLPIPELINES_REQUIRE_PARTS"
+"""Set in CI: a missing part is a failure there, not a skip."""
+
+
+def missing(reason: str) -> None:
+    """Skip the test with ``reason``, or fail it where CI says that the part must be there."""
+    if os.environ.get(REQUIRE_PARTS):
+        pytest.fail(f"{reason} ({REQUIRE_PARTS} is set: this part must be here)")
+    pytest.skip(reason)
+
+
+def require_docker() -> None:
+    """Skip unless a Docker daemon answers."""
+    if shutil.which("docker") is None:
+        missing("no docker client")
+    done = subprocess.run(["docker", "info"], capture_output=True, timeout=30, check=False)
+    if done.returncode != 0:
+        missing("no Docker daemon answers")
+
+
+def require_python(version: str) -> Path:
+    """Return an interpreter of this minor version, such as ``3.8``, or skip."""
+    found = shutil.which(f"python{version}")
+    if found:
+        probe = subprocess.run([found, "-c", "import sys"], capture_output=True, check=False)
+        if probe.returncode == 0:
+            return Path(found)
+    root = os.environ.get("PYENV_ROOT") or str(Path.home() / ".pyenv")
+    for candidate in sorted(Path(root).glob(f"versions/{version}.*/bin/python")):
+        return candidate
+    missing(f"no Python {version}")
+    raise AssertionError
