@@ -31,6 +31,11 @@ def work_directory() -> Path:
     return Path(override).expanduser().absolute() if override else home() / "work"
 
 
+def stat_cache_file() -> Path:
+    """Return where this machine remembers the digests of files that it has read."""
+    return home() / "stat-cache.db"
+
+
 def blob_cache_directory() -> Path:
     """Return where this machine keeps fetched data by digest."""
     return home() / "blobs"

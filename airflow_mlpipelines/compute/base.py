@@ -147,6 +147,16 @@ class Launcher(ABC):
     def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:
         """Return where the step's process finds the places of ``stage``."""
 
+    def recover(self, step_run_id: str, handle: HandleStore) -> bool:
+        """Return whether the program of an earlier try is still there for :meth:`run` to adopt.
+
+        Called before anything is staged. If it returns False, nothing of an earlier try is running
+        any more, and its directories may be taken down. This default adopts nothing and knows of
+        nothing to remove.
+        """
+        del step_run_id, handle
+        return False
+
     @abstractmethod
     def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
         """Run the program to its end; return only if it ended with exit code 0.

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 GRAPH_VERSION: Literal[1] = 1
 REGENERATE_OUTPUTS = "regenerate_outputs"
-"""The run parameter that every pipeline has: step ids to run again, or ``all``."""
+"""The run parameter that every pipeline has: step ids to run again, or :data:`REGENERATE_ALL`."""
+REGENERATE_ALL = "all"
 
 ParameterValue = str | int | float | bool
 ParameterType = Literal["string", "int", "float", "bool"]

@@ -1,0 +1,143 @@
+"""The plan of tasks transcribed into Airflow: the one module that makes DAGs and tasks."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import DAG, BaseOperator, Param, TaskGroup
+from airflow.sdk.definitions._internal.contextmanager import DagContext
+
+from airflow_mlpipelines.compiler.params import make_param_schemas
+from airflow_mlpipelines.compiler.tasks import CACHE_SENSOR, FINISH, TaskPlan, plan_tasks
+from airflow_mlpipelines.exceptions import DefinitionError
+
+if TYPE_CHECKING:
+    from airflow_mlpipelines.definition.graph import PipelineGraph
+
+DAG_TAG = "mlpipelines"
+
+
+def to_dag(graph: PipelineGraph, *, dag_id: str | None = None, **dag_arguments: Any) -> DAG:
+    """Return the Airflow DAG of the pipeline.
+
+    Args:
+        graph: The checked pipeline.
+        dag_id: The DAG's id; the pipeline's name if None.
+        dag_arguments: Airflow's own arguments of a DAG, such as ``schedule``. Params given here stand
+            beside those that the pipeline's parameters become.
+
+    Raises:
+        DefinitionError: A param given here has the name of a pipeline parameter.
+    """
+    params = _make_params(graph)
+    _check_params(graph, dag_arguments.get("params") or {})
+    arguments: dict[str, Any] = {
+        "description": graph.description,
+        "schedule": None,
+        "catchup": False,
+        "doc_md": graph.description,
+        **dag_arguments,
+    }
+    arguments["params"] = {**params, **(arguments.get("params") or {})}
+    arguments["tags"] = sorted({DAG_TAG, *(arguments.get("tags") or ())})
+    dag = DAG(dag_id or graph.name, **arguments)
+    with dag:
+        _render_tasks(graph)
+    return dag
+
+
+def to_task_group(
+    graph: PipelineGraph, *, group_id: str | None = None, **arguments: Any
+) -> TaskGroup:
+    """Return the pipeline as a task group of the DAG that is being defined.
+
+    What is chained behind the group runs when the pipeline is over, whether its steps ran or were
+    reused. The pipeline's parameters become params of the DAG.
+
+    Args:
+        graph: The checked pipeline.
+        group_id: The group's id; the pipeline's name if None.
+        arguments: Airflow's own arguments of a TaskGroup.
+
+    Raises:
+        DefinitionError: There is no DAG to put it into, or the DAG has a param of the same name.
+    """
+    dag = DagContext.get_current()
+    if dag is None:
+        raise DefinitionError(
+            f"Pipeline {graph.name!r}: to_task_group() belongs inside a DAG: "
+            "`with DAG(...) as dag: group = pipeline.to_task_group()`"
+        )
+    _check_params(
+        graph, {name: dag.params[name] for name in dag.params if name not in _shared(dag)}
+    )
+    for name, param in _make_params(graph).items():
+        dag.params[name] = param
+    with TaskGroup(group_id or graph.name, **arguments) as group:
+        _render_tasks(graph)
+    return group
+
+
+def _shared(dag: DAG) -> set[str]:
+    """Return the params that another pipeline of the same DAG brought along and may share."""
+    schemas = {name: dag.params.get_param(name).schema for name in dag.params}
+    return {name for name, schema in schemas.items() if schema.get("section") == "Reuse"}
+
+
+def _check_params(graph: PipelineGraph, params: dict[str, Any]) -> None:
+    clashes = sorted(set(make_param_schemas(graph)) & set(params))
+    if clashes:
+        raise DefinitionError(
+            f"Pipeline {graph.name!r}: the DAG has params of its own named {clashes}, which are "
+            "parameters of the pipeline too. Rename one of them."
+        )
+
+
+def _make_params(graph: PipelineGraph) -> dict[str, Param]:
+    return {
+        name: Param(default, **schema)
+        for name, (default, schema) in make_param_schemas(graph).items()
+    }
+
+
+def _render_tasks(graph: PipelineGraph) -> None:
+    classes: dict[str, type[BaseOperator]] = {}
+    tasks: dict[str, BaseOperator] = {}
+    for plan in plan_tasks(graph):
+        operator = classes.get(plan.operator)
+        if operator is None:
+            operator = classes[plan.operator] = _load_operator(plan.operator, graph)
+        task = tasks[plan.task_id] = _render_task(plan, operator, graph)
+        if plan.upstream:
+            task.set_upstream([tasks[name] for name in plan.upstream])
+
+
+def _render_task(
+    plan: TaskPlan, operator: type[BaseOperator], graph: PipelineGraph
+) -> BaseOperator:
+    arguments = dict(plan.arguments)
+    if "retry_delay" in arguments:
+        arguments["retry_delay"] = timedelta(seconds=arguments["retry_delay"])
+    if plan.step is not None:
+        arguments["step"] = plan.step
+    # Airflow's default weights cost time quadratic in the depth of the graph, at every run.
+    return operator(task_id=plan.task_id, graph=graph, weight_rule="absolute", **arguments)
+
+
+def _load_operator(path: str, graph: PipelineGraph) -> type[BaseOperator]:
+    module, _, name = path.partition(":")
+    try:
+        operator = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise DefinitionError(
+            f"Pipeline {graph.name!r}: the operator {path!r} can't be imported ({error}). "
+            "A step type names its operator as 'package.module:Class'."
+        ) from error
+    if not (isinstance(operator, type) and issubclass(operator, BaseOperator)):
+        raise DefinitionError(f"Pipeline {graph.name!r}: {path!r} is no Airflow operator class")
+    return operator
+
+
+__all__ = ["CACHE_SENSOR", "FINISH", "to_dag", "to_task_group"]

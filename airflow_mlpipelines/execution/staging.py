@@ -1,0 +1,174 @@
+"""The directories of a step run on the worker: code unpacked, inputs at hand, room for outputs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from airflow_mlpipelines import settings
+from airflow_mlpipelines.compute.base import Stage
+from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.runtime.stage import stage_runtime
+from airflow_mlpipelines.storage.blobs import BlobCache
+from airflow_mlpipelines.storage.snapshots import unpack_snapshot
+from airflow_mlpipelines.storage.transfer import commit_output, fetch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from airflow_mlpipelines.definition.graph import StepSpec
+    from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.stat_cache import StatCache
+    from airflow_mlpipelines.storage.stores import StoreSet
+
+KEPT_DIRECTORIES = ("outputs", "logs")
+"""Folders of the working directory that are kept with the run, as in Azure ML."""
+RUN_FILES = "_run"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where one step run does its work, and how to take it down again.
+
+    Attributes:
+        directory: Where on their datastores the outputs go.
+        in_place: Whether the outputs are written where they stay, so that committing copies nothing.
+    """
+
+    stage: Stage
+    directory: str
+    in_place: bool
+
+    def remove(self) -> None:
+        """Take down everything but the outputs that stay."""
+        shutil.rmtree(self.stage.root, ignore_errors=True)
+
+
+def locate_workplace(
+    step: StepSpec, stores: StoreSet, *, step_run_id: str, directory: str
+) -> Workplace:
+    """Return where the step run will work; nothing is made yet.
+
+    Outputs are written in place if they all go to one file store, else they are committed from the
+    worker's disk.
+    """
+    root = settings.work_directory() / step_run_id
+    targets = {output.datastore for output in step.outputs}
+    store = stores[targets.pop()] if len(targets) == 1 else None
+    in_place = store is not None and store.is_local
+    outputs_root = (
+        store.local_path(directory) if store is not None and store.is_local else root / "outputs"
+    )
+    stage = Stage(
+        root=root,
+        code=root / "code",
+        runtime=settings.home() / "runtime",
+        run=root / "run",
+        inputs={},
+        outputs={output.name: outputs_root / output.name for output in step.outputs},
+        outputs_root=outputs_root,
+    )
+    return Workplace(stage, directory, in_place)
+
+
+def fill_stage(
+    workplace: Workplace,
+    stores: StoreSet,
+    *,
+    snapshot: str | None,
+    inputs: Mapping[str, Artifact],
+    adopt: bool,
+) -> Workplace:
+    """Return the workplace with code, runtime and inputs there.
+
+    Args:
+        workplace: As :func:`locate_workplace` returned it.
+        stores: The registered datastores.
+        snapshot: The digest of the step's code; None for a step without files of its own.
+        inputs: What each input has to hold.
+        adopt: A program of an earlier try still works there: its directories are left as they are.
+
+    Raises:
+        DataError: An input or the snapshot can't be had.
+    """
+    stage = workplace.stage
+    if not adopt:
+        shutil.rmtree(stage.root, ignore_errors=True)
+        if stage.outputs:
+            shutil.rmtree(stage.outputs_root, ignore_errors=True)
+        stage.run.mkdir(parents=True)
+        if snapshot is not None:
+            unpack_snapshot(snapshot, stores.default, stage.code)
+        stage.code.mkdir(parents=True, exist_ok=True)
+        for kept in KEPT_DIRECTORIES:
+            (stage.code / kept).mkdir(exist_ok=True)
+    stage.outputs_root.mkdir(parents=True, exist_ok=True)
+    runtime = stage_runtime(stage.runtime)
+    blobs = BlobCache(settings.blob_cache_directory())
+    paths = {
+        name: fetch(artifact, stores, blobs=blobs, target=stage.root / "inputs" / name)
+        for name, artifact in inputs.items()
+    }
+    filled = Stage(
+        stage.root, stage.code, runtime, stage.run, paths, stage.outputs, stage.outputs_root
+    )
+    return Workplace(filled, workplace.directory, workplace.in_place)
+
+
+def commit_outputs(
+    workplace: Workplace,
+    step: StepSpec,
+    stores: StoreSet,
+    *,
+    step_run_id: str,
+    cache: StatCache | None,
+) -> dict[str, Artifact]:
+    """Return the step's outputs, digested and where they stay.
+
+    Raises:
+        DataError: The program did not make an output, or made it of the wrong kind.
+    """
+    artifacts = {}
+    for output in step.outputs:
+        source = workplace.stage.outputs[output.name]
+        try:
+            artifacts[output.name] = commit_output(
+                stores[output.datastore],
+                f"{workplace.directory}/{output.name}",
+                source,
+                step_run=step_run_id,
+                expect_directory=output.is_directory,
+                cache=cache,
+            )
+        except DataError as error:
+            raise DataError(f"step {step.name!r}, output {output.name!r}: {error}") from error
+    return artifacts
+
+
+def keep_run_files(workplace: Workplace, stores: StoreSet) -> list[str]:
+    """Keep ``./outputs``, ``./logs`` and the metrics with the run; return what was kept, as URIs."""
+    store = stores.default
+    kept: list[str] = []
+    found = [workplace.stage.code / name for name in KEPT_DIRECTORIES]
+    found.append(workplace.stage.run / "metrics.jsonl")
+    for source in found:
+        if not source.exists() or (source.is_dir() and not any(source.iterdir())):
+            continue
+        path = f"{workplace.directory}/{RUN_FILES}/{source.name}"
+        if store.is_local:
+            target = store.local_path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(str(source), str(target))
+        else:
+            for file in [source] if source.is_file() else sorted(_files_below(source)):
+                name = "" if file == source else f"/{file.relative_to(source).as_posix()}"
+                store.write_bytes(f"{path}{name}", file.read_bytes())
+        kept.append(store.uri(path))
+    return kept
+
+
+def _files_below(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]

@@ -1,0 +1,319 @@
+"""Carrying out one step: look up, take the lease, stage, launch, commit. Knows no Airflow."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from airflow_mlpipelines.caching.decision import Decision, MissReason
+from airflow_mlpipelines.caching.fingerprint import step_fingerprint
+from airflow_mlpipelines.caching.index import CacheEntry
+from airflow_mlpipelines.compute.base import StepLaunch
+from airflow_mlpipelines.definition.graph import ParameterRef, ResourcesSpec
+from airflow_mlpipelines.execution.heartbeat import hold_lease
+from airflow_mlpipelines.execution.staging import (
+    commit_outputs,
+    fill_stage,
+    keep_run_files,
+    locate_workplace,
+)
+from airflow_mlpipelines.runtime.contract import render_arguments, step_environment
+from airflow_mlpipelines.storage.transfer import missing_artifacts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from airflow_mlpipelines.caching.decision import RunPlan
+    from airflow_mlpipelines.caching.fingerprint import Fingerprint
+    from airflow_mlpipelines.caching.index import MetadataIndex
+    from airflow_mlpipelines.compute.base import Emit, HandleStore, Launcher
+    from airflow_mlpipelines.definition.graph import PipelineGraph, StepSpec
+    from airflow_mlpipelines.execution.identity import TaskIdentity
+    from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.stat_cache import StatCache
+    from airflow_mlpipelines.storage.stores import StoreSet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """How a step came to its outputs.
+
+    Attributes:
+        state: Whether its program ran, or outputs made earlier were taken.
+        reason: Why, in words.
+        seconds: How long that took.
+        seconds_saved: What the reused outputs had cost to make; 0 where it ran.
+        step_run: The id of the step run that made the outputs.
+    """
+
+    state: Literal["ran", "reused"]
+    reason: str
+    seconds: float
+    outputs: Mapping[str, Artifact]
+    step_run: str
+    fingerprint: str | None = None
+    seconds_saved: float = 0.0
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form of all but the outputs, the one in XCom."""
+        return {
+            "state": self.state,
+            "reason": self.reason,
+            "seconds": round(self.seconds, 3),
+            "seconds_saved": round(self.seconds_saved, 3),
+            "fingerprint": self.fingerprint,
+            "step_run": self.step_run,
+        }
+
+
+@dataclass(frozen=True)
+class Services:
+    """What a step needs of the world around it.
+
+    Attributes:
+        secrets: Environment variables of the step's process that must be seen nowhere else.
+        handle: Remembers what was launched, for a retry after the worker was lost.
+        emit: Takes a line for the step's log.
+        writer: Whose entries these are, such as the Airflow deployment's name.
+    """
+
+    index: MetadataIndex
+    stores: StoreSet
+    launcher: Launcher
+    handle: HandleStore
+    emit: Emit
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    cache: StatCache | None = None
+    writer: str = ""
+
+
+class StepRunner:
+    """Carries out one step of one run. One instance serves one try."""
+
+    def __init__(
+        self,
+        step: StepSpec,
+        graph: PipelineGraph,
+        *,
+        identity: TaskIdentity,
+        plan: RunPlan,
+        inputs: Mapping[str, Artifact | None],
+        services: Services,
+        forced: str | None = None,
+    ) -> None:
+        """Prepare; nothing is touched yet.
+
+        Args:
+            step: The step.
+            graph: The pipeline that it belongs to.
+            identity: The task instance that this is.
+            plan: What the run's first task found.
+            inputs: What each input holds in this run; None for external data that is not there.
+            services: What the step needs of the world.
+            forced: Why the step runs whatever is remembered, in words; None if it need not.
+        """
+        self._step = step
+        self._graph = graph
+        self._identity = identity
+        self._plan = plan
+        self._inputs = inputs
+        self._services = services
+        self._forced = forced
+
+    def run(self) -> StepResult:
+        """Return the step's outputs, reused if somebody has made them, else made now and committed.
+
+        Raises:
+            LeaseHeldError: Somebody else is making the same outputs right now.
+            StepFailedError: The program failed.
+            DataError: An input can't be had, or an output was not made.
+        """
+        started = time.monotonic()
+        fingerprint = self._fingerprint()
+        with ExitStack() as stack:
+            if fingerprint is not None:
+                found = self._look_up(fingerprint.digest, started)
+                if found is not None:
+                    return found
+                stack.enter_context(
+                    hold_lease(self._services.index, fingerprint.digest, self._identity.holder)
+                )
+                # Whoever held the lease before may have committed between the two looks.
+                found = self._look_up(fingerprint.digest, started)
+                if found is not None:
+                    return found
+            return self._make(fingerprint, started)
+
+    def kill(self) -> None:
+        """End the program, if one is running."""
+        self._services.launcher.kill()
+
+    # ---- whether ---------------------------------------------------------------------------
+
+    def _fingerprint(self) -> Fingerprint | None:
+        """Return the step's fingerprint, or None where nothing may be remembered."""
+        step_id = self._step.id
+        decision = self._plan.steps[step_id]
+        if decision.miss is MissReason.NOT_CACHEABLE:
+            return None
+        return step_fingerprint(
+            self._step,
+            code=self._plan.code.get(step_id),
+            environment=self._plan.environments[step_id],
+            parameters=self._plan.parameters,
+            inputs={
+                name: artifact.digest if artifact is not None else None
+                for name, artifact in self._inputs.items()
+            },
+        )
+
+    def _look_up(self, fingerprint: str, started: float) -> StepResult | None:
+        entry = self._services.index.find_entries([fingerprint]).get(fingerprint)
+        if entry is None:
+            return None
+        own = entry.step_run == self._identity.step_run_id
+        if not own and (self._forced is not None or not self._step.allow_reuse):
+            return None
+        gone = missing_artifacts(list(entry.outputs.values()), self._services.stores)
+        if gone:
+            _, why = gone[0]
+            self._services.emit(f"Not reused: {why}")
+            return None
+        if own:
+            return self._result("ran", "an earlier try had committed its outputs", entry, started)
+        return self._result(
+            "reused", "the same step was run before on the same inputs", entry, started
+        )
+
+    def _result(
+        self, state: Literal["ran", "reused"], reason: str, entry: CacheEntry, started: float
+    ) -> StepResult:
+        return StepResult(
+            state=state,
+            reason=reason,
+            seconds=time.monotonic() - started,
+            outputs=entry.outputs,
+            step_run=entry.step_run,
+            fingerprint=entry.fingerprint,
+            seconds_saved=entry.seconds if state == "reused" else 0.0,
+        )
+
+    # ---- how -------------------------------------------------------------------------------
+
+    def _make(self, fingerprint: Fingerprint | None, started: float) -> StepResult:
+        """Run the program and commit what it made: data first, then the entry."""
+        step, services, identity = self._step, self._services, self._identity
+        launcher = services.launcher
+        environment = launcher.prepare_environment(
+            step.environment, launcher.resolve_environment(step.environment), emit=services.emit
+        )
+        workplace = locate_workplace(
+            step,
+            services.stores,
+            step_run_id=identity.step_run_id,
+            directory=identity.directory(self._graph.name, step.id),
+        )
+        workplace = fill_stage(
+            workplace,
+            step,
+            services.stores,
+            snapshot=self._plan.snapshots.get(step.id),
+            inputs=self._inputs,
+            adopt=launcher.recover(identity.step_run_id, services.handle),
+        )
+        try:
+            metrics = self._launch(workplace, environment)
+            outputs = commit_outputs(
+                workplace,
+                step,
+                services.stores,
+                step_run_id=identity.step_run_id,
+                cache=services.cache,
+            )
+        except (StepFailedError, DataError):
+            workplace.remove()
+            raise
+        # Any other error may leave a program alive that the next try adopts, with these directories.
+        workplace.remove()
+        seconds = time.monotonic() - started
+        if fingerprint is not None:
+            self._remember(fingerprint, outputs, seconds)
+        return StepResult(
+            state="ran",
+            reason=self._forced or self._plan.steps[step.id].reason,
+            seconds=seconds,
+            outputs=outputs,
+            step_run=identity.step_run_id,
+            fingerprint=fingerprint.digest if fingerprint is not None else None,
+            metrics=metrics,
+        )
+
+    def _launch(self, workplace: Workplace, environment: ResolvedEnvironment) -> dict[str, Any]:
+        """Run the program to its end and return the metrics that it logged."""
+        step, services, identity = self._step, self._services, self._identity
+        paths = services.launcher.process_paths(workplace.stage, environment)
+        parameters = self._plan.parameters
+        params = {
+            name: parameters[value.name] if isinstance(value, ParameterRef) else value
+            for name, value in step.params.items()
+        }
+        inputs = {
+            item.name: paths.inputs.get(item.name, absent_path(paths, item)) for item in step.inputs
+        }
+        argv = render_arguments(
+            step_argv(step), inputs=inputs, outputs=paths.outputs, parameters=parameters
+        )
+        if step.script is not None:
+            argv = [paths.python, step.script, *argv]
+        variables = step_environment(
+            run_id=identity.step_run_id,
+            step=step.name,
+            pipeline=self._graph.name,
+            run_directory=paths.run,
+            runtime=paths.runtime,
+            inputs=inputs,
+            outputs=paths.outputs,
+            params=params,
+        )
+        spec = step.environment
+        own = {**(spec.environment_variables if spec else {}), **step.environment_variables}
+        launch = StepLaunch(
+            step_run_id=identity.step_run_id,
+            step_name=step.name,
+            argv=tuple(argv),
+            env={**variables, **own},
+            secrets=services.secrets,
+            stage=workplace.stage,
+            resources=step.resources,
+            image=environment.image,
+            timeout_seconds=step.timeout_seconds,
+            labels=identity.labels,
+        )
+        try:
+            services.launcher.run(launch, emit=services.emit, handle=services.handle)
+            return read_metrics(workplace.stage.run)
+        finally:
+            keep_run_files(workplace, services.stores)
+
+    def _remember(
+        self, fingerprint: Fingerprint, outputs: Mapping[str, Artifact], seconds: float
+    ) -> None:
+        self._services.index.put_entry(
+            CacheEntry(
+                fingerprint=fingerprint.digest,
+                pipeline=self._graph.name,
+                step=self._step.id,
+                step_type=self._step.type,
+                outputs=dict(outputs),
+                ingredients=fingerprint.ingredients,
+                seconds=seconds,
+                writer=self._services.writer,
+                step_run=self._identity.step_run_id,
+            )
+        )

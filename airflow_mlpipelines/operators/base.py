@@ -1,0 +1,122 @@
+"""The operator behind every step type: Airflow's side of carrying out a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import BaseOperator
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+from airflow_mlpipelines.operators.document import describe_step
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+    from airflow_mlpipelines.caching.decision import RunPlan
+    from airflow_mlpipelines.definition.graph import PipelineGraph, StepSpec
+    from airflow_mlpipelines.execution.step import StepResult, StepRunner
+    from airflow_mlpipelines.storage.artifact import Artifact
+
+PLAN_KEY = "plan"
+"""XCom key of the run's plan, pushed by the first task."""
+STEP_RUN_KEY = "step_run"
+METRICS_KEY = "metrics"
+_PLAN_TASK = "cache_sensor"
+_WAIT_SECONDS = 2.0
+
+
+class StepOperator(BaseOperator):
+    """Runs one step of a pipeline on whatever compute it names, or reuses its earlier outputs.
+
+    Its XComs: one per output, with the output's name as the key and an Artifact as the value;
+    ``return_value`` with all of them; ``step_run``, which says how the step came to them; ``metrics``,
+    if its program logged any. A reused step ends ``skipped``, with the same XComs.
+
+    The compiler makes these; they are not meant to be written by hand.
+    """
+
+    ui_color = "#e8f1fb"
+
+    def __init__(self, *, step: StepSpec, graph: PipelineGraph, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.step = step
+        self.graph = graph
+        self._runner: StepRunner | None = None
+
+    @property
+    def custom_operator_name(self) -> str:
+        """What the UI shows as the operator: the step's type."""
+        return self.step.type
+
+    @property
+    def doc_md(self) -> str | None:
+        """The step's definition, for the UI. Made only when the DAG is serialized."""
+        return self._doc_md or describe_step(self.step, self.graph)
+
+    @doc_md.setter
+    def doc_md(self, value: str | None) -> None:
+        self._doc_md = value
+
+    @property
+    def prefix(self) -> str:
+        """What task groups put before the ids of this pipeline's tasks; may be empty."""
+        return self.task_id[: -len(self.step.id)]
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Return each output's name with its Artifact, in the JSON form.
+
+        Raises:
+            AirflowSkipException: The outputs were reused, or a required input was neither made nor
+                reused, because a branch was not taken.
+            AirflowFailException: It failed in a way that a retry would only repeat.
+            StepFailedError: It failed; Airflow's retries apply.
+        """
+        from airflow_mlpipelines.exceptions import StepFailedError
+        from airflow_mlpipelines.execution.heartbeat import LeaseHeldError
+        from airflow_mlpipelines.operators.carrying_out import make_runner
+
+        runner = self._runner = make_runner(self, context)
+        try:
+            result = runner.run()
+        except LeaseHeldError as error:
+            self._wait_for_lease(error)
+            raise
+        except StepFailedError as error:
+            if error.retryable:
+                raise
+            raise AirflowFailException(str(error)) from error
+        outputs = self._push(context, result)
+        if result.state == "reused":
+            raise AirflowSkipException(f"Reused: {result.reason}.")
+        return outputs
+
+    def resume(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
+        """Go on after waiting for whoever was making the same outputs: look again."""
+        self.log.info("The step that this one waited for is over: %s", event["reason"])
+        return self.execute(context)
+
+    def on_kill(self) -> None:
+        """End the program, within the seconds that Airflow leaves."""
+        if self._runner is not None:
+            self._runner.kill()
+
+    def _wait_for_lease(self, error: LeaseHeldError) -> None:
+        from airflow_mlpipelines.triggers.lease import LeaseTrigger
+
+        self.log.info("%s; waiting for it without holding a worker slot.", error)
+        self.defer(
+            trigger=LeaseTrigger(fingerprint=error.fingerprint, poll_seconds=_WAIT_SECONDS),
+            method_name=self.resume.__name__,
+        )
+
+    def _push(self, context: Context, result: StepResult) -> dict[str, Any]:
+        ti = context["ti"]
+        outputs = {name: artifact.to_dict() for name, artifact in result.outputs.items()}
+        for name, artifact in outputs.items():
+            ti.xcom_push(key=name, value=artifact)
+        ti.xcom_push(key=STEP_RUN_KEY, value=result.to_dict())
+        if result.metrics:
+            ti.xcom_push(key=METRICS_KEY, value=dict(result.metrics))
+        if result.state == "reused":  # a skipped task's return value is not pushed by Airflow
+            ti.xcom_push(key="return_value", value=outputs)
+        return outputs

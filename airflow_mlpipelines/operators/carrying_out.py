@@ -1,0 +1,166 @@
+"""From Airflow's context to what carries out a step. Imported when a task executes, not before."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk.exceptions import AirflowSkipException
+
+from airflow_mlpipelines import settings
+from airflow_mlpipelines.caching.decision import Decision, RunPlan
+from airflow_mlpipelines.caching.index import MetadataIndex
+from airflow_mlpipelines.compute.launchers import make_launcher
+from airflow_mlpipelines.definition.graph import ExternalDataSpec
+from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.execution.handles import FileHandle
+from airflow_mlpipelines.execution.identity import TaskIdentity
+from airflow_mlpipelines.execution.planning import external_key
+from airflow_mlpipelines.execution.step import Services, StepRunner
+from airflow_mlpipelines.operators.connections import metadata_url, open_stores, read_secrets
+from airflow_mlpipelines.storage.artifact import Artifact
+from airflow_mlpipelines.storage.stat_cache import StatCache
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from airflow.sdk import Context
+    from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+    from airflow_mlpipelines.compute.base import HandleStore
+    from airflow_mlpipelines.definition.graph import StepSpec
+    from airflow_mlpipelines.operators.base import StepOperator
+
+CACHE_SENSOR_TASK = "cache_sensor"
+PLAN_KEY = "plan"
+_HANDLE_KEY = "mlpipelines_launch"
+
+
+def make_runner(operator: StepOperator, context: Context) -> StepRunner:
+    """Return what carries out the operator's step in this task instance.
+
+    Raises:
+        AirflowSkipException: A required input was neither made nor reused in this run.
+        DataError: The run's plan or an input is missing or malformed.
+    """
+    ti = context["ti"]
+    step, graph = operator.step, operator.graph
+    plan = pull_plan(ti, operator.prefix)
+    if step.id not in plan.steps:
+        raise DataError(
+            f"step {step.name!r} is not in the plan of this run: the DAG changed while it was running. "
+            f"Clear the task {operator.prefix}{CACHE_SENSOR_TASK!r} to plan anew."
+        )
+    identity = TaskIdentity(
+        ti.dag_id, ti.run_id, ti.task_id, ti.map_index or -1, ti.max_tries, ti.try_number
+    )
+    log = operator.log
+    services = Services(
+        index=MetadataIndex(metadata_url()),
+        stores=open_stores(graph),
+        launcher=make_launcher(graph.computes[step.compute]),
+        handle=_make_handle(operator, context, identity),
+        emit=lambda line: log.info("%s", line),
+        secrets=read_secrets(step.name, step.secrets),
+        cache=StatCache(settings.stat_cache_file()),
+    )
+    return StepRunner(
+        step,
+        graph,
+        identity=identity,
+        plan=plan,
+        inputs=_find_inputs(step, plan, ti, operator.prefix),
+        services=services,
+        forced=_why_forced(operator, plan, ti),
+    )
+
+
+def pull_plan(ti: RuntimeTaskInstance, prefix: str) -> RunPlan:
+    """Return the plan that the run's first task made.
+
+    Raises:
+        DataError: There is none.
+    """
+    task_id = f"{prefix}{CACHE_SENSOR_TASK}"
+    data = ti.xcom_pull(task_ids=task_id, key=PLAN_KEY)
+    if data is None:
+        raise DataError(
+            f"the task {task_id!r} of this run has left no plan. Clear it and the tasks after it."
+        )
+    return RunPlan.from_dict(data)
+
+
+def _why_forced(operator: StepOperator, plan: RunPlan, ti: RuntimeTaskInstance) -> str | None:
+    """Return why the step runs whatever is remembered, in words, or None.
+
+    A step that the plan reuses is skipped, and a clear counts its earlier tries in: so whatever gets
+    here in spite of the one, or with more tries than it was given, was cleared by somebody.
+    """
+    decision = plan.steps[operator.step.id]
+    if decision.decision is Decision.REUSE or ti.max_tries > (operator.retries or 0):
+        return "cleared by hand"
+    if decision.decision is Decision.RUN and decision.miss is not None and decision.miss.is_forced:
+        return decision.reason
+    return None
+
+
+def _find_inputs(
+    step: StepSpec, plan: RunPlan, ti: RuntimeTaskInstance, prefix: str
+) -> dict[str, Artifact | None]:
+    """Return what every input holds in this run; None for external data that is not there."""
+    inputs: dict[str, Artifact | None] = {}
+    made: dict[str, Mapping[str, Artifact]] = {}
+    for item in step.inputs:
+        source = item.source
+        if isinstance(source, ExternalDataSpec):
+            inputs[item.name] = plan.external.get(external_key(source))
+            continue
+        try:
+            if source.step not in made:
+                made[source.step] = find_outputs(source.step, plan, ti, prefix)
+        except DataError as error:
+            raise DataError(f"step {step.name!r}, input {item.name!r}: {error}") from error
+        if source.output not in made[source.step]:
+            raise AirflowSkipException(
+                f"Input {item.name!r} was not made in this run: step {source.step!r} was skipped."
+            )
+        inputs[item.name] = made[source.step][source.output]
+    return inputs
+
+
+def find_outputs(
+    step_id: str, plan: RunPlan, ti: RuntimeTaskInstance, prefix: str
+) -> Mapping[str, Artifact]:
+    """Return the outputs of a step in this run: those it pushed, else those that the plan reuses.
+
+    Raises:
+        DataError: What it pushed are no artifacts. People and other tasks can edit XComs.
+    """
+    pushed = ti.xcom_pull(task_ids=f"{prefix}{step_id}")
+    if isinstance(pushed, dict):
+        return {name: Artifact.from_dict(value) for name, value in pushed.items()}
+    return plan.steps[step_id].outputs
+
+
+def _make_handle(operator: StepOperator, context: Context, identity: TaskIdentity) -> HandleStore:
+    if operator.graph.computes[operator.step.compute].type == "local":
+        # A process can only be found again on its own machine, so that is where it is noted.
+        return FileHandle(settings.work_directory() / f"{identity.step_run_id}.json")
+    return TaskStateHandle(context, identity.attempt)
+
+
+class TaskStateHandle:
+    """What was launched, in Airflow's task state store: a retry on another worker finds it."""
+
+    def __init__(self, context: Context, attempt: int) -> None:
+        self._store = context["task_state_store"]
+        self._key = f"{_HANDLE_KEY}:{attempt}"
+
+    def get(self) -> dict[str, Any] | None:
+        """Return what an earlier try launched, or None."""
+        value = self._store.get(self._key)
+        return json.loads(value) if isinstance(value, str) and value else None
+
+    def set(self, handle: dict[str, Any] | None) -> None:
+        """Remember what was launched, or forget it."""
+        self._store.set(self._key, json.dumps(handle) if handle is not None else "")

@@ -1,0 +1,126 @@
+"""What Airflow knows and a step needs: the metadata database, the datastores, secrets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from airflow_mlpipelines import settings
+from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.storage.stores import StoreSet, open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from airflow.sdk import Connection
+
+    from airflow_mlpipelines.definition.graph import PipelineGraph
+
+
+def metadata_url() -> str:
+    """Return the SQLAlchemy URL of the metadata database.
+
+    That of the Airflow connection ``mlpipelines_metadata``, wherever Airflow keeps it; without one,
+    SQLite below ``$AIRFLOW_HOME``. Runs in task, triggerer and command-line processes.
+    """
+    connection = _find_connection(settings.METADATA_CONNECTION_ID)
+    if connection is None:
+        return settings.default_metadata_url()
+    return _sqlalchemy_url(connection)
+
+
+def open_stores(graph: PipelineGraph) -> StoreSet:
+    """Return the pipeline's datastores, opened with the credentials of their Airflow connections.
+
+    Raises:
+        DataError: A connection that a datastore names does not exist.
+    """
+    stores = []
+    for spec in graph.datastores.values():
+        credentials: Mapping[str, Any] = {}
+        if spec.conn_id is not None:
+            credentials = _credentials(spec.name, spec.url, spec.conn_id)
+        stores.append(
+            open_store(spec.name, spec.url, options=spec.options, credentials=credentials)
+        )
+    return StoreSet(stores, default=graph.default_datastore)
+
+
+def read_secrets(step: str, secrets: Mapping[str, str]) -> dict[str, str]:
+    """Return environment variables with the passwords of the Airflow connections that they name.
+
+    Raises:
+        DataError: A connection does not exist, or has no password.
+    """
+    values = {}
+    for variable, conn_id in secrets.items():
+        connection = _find_connection(conn_id)
+        if connection is None or not connection.password:
+            raise DataError(
+                f"step {step!r}: the secret {variable!r} is to come from the password of the Airflow "
+                f"connection {conn_id!r}, which does not exist or has none. "
+                f"Add it with `airflow connections add {conn_id} --conn-type generic --conn-password …`."
+            )
+        values[variable] = connection.password
+    return values
+
+
+def _find_connection(conn_id: str) -> Connection | None:
+    from airflow.sdk import Connection
+    from airflow.sdk.exceptions import AirflowNotFoundException, AirflowRuntimeError
+
+    try:
+        return Connection.get(conn_id)
+    except (AirflowNotFoundException, AirflowRuntimeError):
+        return None
+
+
+def _sqlalchemy_url(connection: Connection) -> str:
+    """Return the connection as SQLAlchemy wants it, whose schemes are not Airflow's types."""
+    extra: dict[str, Any] = connection.extra_dejson
+    if "url" in extra:
+        return str(extra["url"])
+    from sqlalchemy.engine import URL
+
+    drivers = {"postgres": "postgresql", "postgresql": "postgresql", "sqlite": "sqlite"}
+    driver = drivers.get(connection.conn_type or "")
+    if driver is None:
+        raise DataError(
+            f"the Airflow connection {settings.METADATA_CONNECTION_ID!r} is of type "
+            f"{connection.conn_type!r}; the metadata database can be {sorted(set(drivers.values()))}."
+        )
+    if driver == "sqlite":
+        return f"sqlite:///{connection.host or connection.schema}"
+    return URL.create(
+        driver,
+        username=connection.login,
+        password=connection.password,
+        host=connection.host,
+        port=connection.port,
+        database=connection.schema,
+    ).render_as_string(hide_password=False)
+
+
+def _credentials(datastore: str, url: str, conn_id: str) -> dict[str, Any]:
+    """Return the arguments for the fsspec filesystem that a connection stands for.
+
+    ``extra`` holds them by fsspec's own names. For S3, login and password are the key pair, and
+    ``endpoint_url`` and ``region_name`` are understood where Airflow's AWS connection has them.
+    """
+    connection = _find_connection(conn_id)
+    if connection is None:
+        raise DataError(
+            f"datastore {datastore!r} names the Airflow connection {conn_id!r}, which does not exist. "
+            f"Add it with `airflow connections add {conn_id} …`, or correct the workspace file."
+        )
+    arguments = dict(connection.extra_dejson)
+    if url.startswith(("s3://", "s3a://")):
+        client = dict(arguments.pop("client_kwargs", {}))
+        for name in ("endpoint_url", "region_name"):
+            if name in arguments:
+                client[name] = arguments.pop(name)
+        if client:
+            arguments["client_kwargs"] = client
+        for name, value in (("key", connection.login), ("secret", connection.password)):
+            if value:
+                arguments[name] = value
+    return arguments

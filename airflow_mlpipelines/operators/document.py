@@ -1,0 +1,82 @@
+"""A step's definition as Markdown, for the task's page in the Airflow UI."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from airflow_mlpipelines.definition.graph import (
+    ExternalDataSpec,
+    InputPart,
+    LiteralPart,
+    OutputPart,
+)
+
+if TYPE_CHECKING:
+    from airflow_mlpipelines.definition.graph import (
+        Argument,
+        ArgumentPart,
+        InputSource,
+        PipelineGraph,
+        StepSpec,
+    )
+
+
+def describe_step(step: StepSpec, graph: PipelineGraph) -> str:
+    """Return what the step is, as Markdown: what it runs, on what, with what data.
+
+    The text is the same on every machine: no absolute path is in it, so that Airflow makes no new
+    version of a DAG that did not change. No secret is in it either, only their names.
+    """
+    compute = graph.computes[step.compute]
+    rows = [
+        ("type", step.type),
+        ("command", f"`{describe_command(step)}`"),
+        ("compute", f"{compute.name} ({compute.type})"),
+    ]
+    if step.environment is not None:
+        packages = (
+            ", ".join(step.environment.pip) or "conda" if step.environment.has_packages else ""
+        )
+        rows.append(("environment", step.environment.image or packages or "Dockerfile"))
+    rows += [(f"input `{item.name}`", _describe_source(item.source)) for item in step.inputs]
+    rows += [(f"output `{item.name}`", f"on {item.datastore}") for item in step.outputs]
+    asked = step.resources.model_dump(exclude_none=True)
+    if asked:
+        rows.append(("resources", ", ".join(f"{name} {value}" for name, value in asked.items())))
+    if step.secrets:
+        rows.append(("secrets", ", ".join(sorted(step.secrets))))
+    if not step.allow_reuse:
+        rows.append(("reuse", "off: this step runs in every run"))
+    head = f"{step.description}\n\n" if step.description else ""
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
+    return f"{head}| {step.name} | |\n|---|---|\n{table}\n"
+
+
+def describe_command(step: StepSpec) -> str:
+    """Return the step's command line with the names of ports where their paths will be."""
+    words = ["python", step.script] if step.script is not None else []
+    words += [describe_argument(argument) for argument in (*step.command, *step.arguments)]
+    return " ".join(words)
+
+
+def describe_argument(argument: Argument) -> str:
+    """Return one argument, with ``{name}`` for a port and ``{parameter:name}`` for a parameter."""
+    return "".join(_describe_part(part) for part in argument)
+
+
+def _describe_part(part: ArgumentPart) -> str:
+    if isinstance(part, LiteralPart):
+        return part.text
+    if isinstance(part, (InputPart, OutputPart)):
+        return f"{{{part.name}}}"
+    return f"{{parameter:{part.name}}}"
+
+
+def _describe_source(source: InputSource) -> str:
+    if isinstance(source, ExternalDataSpec):
+        return f"{source.path} on {source.datastore}"
+    return f"`{source.output}` of {source.step}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,46 @@
+"""Waiting, without a worker slot, until somebody else has made the outputs that a step wants."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+from asgiref.sync import sync_to_async
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+class LeaseTrigger(BaseTrigger):
+    """Fires when the lease on a fingerprint is free: released, or run out because its holder died."""
+
+    def __init__(self, fingerprint: str, poll_seconds: float = 2.0) -> None:
+        super().__init__()
+        self.fingerprint = fingerprint
+        self.poll_seconds = poll_seconds
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Return the class and the arguments to make this trigger again; no secret is in them."""
+        return (
+            f"{type(self).__module__}.{type(self).__qualname__}",
+            {"fingerprint": self.fingerprint, "poll_seconds": self.poll_seconds},
+        )
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Yield one event, when the lease is free."""
+        leases = await sync_to_async(_open_leases)()
+        while True:
+            held = await asyncio.to_thread(leases.find, self.fingerprint)
+            if held is None:
+                yield TriggerEvent({"reason": "the lease is free"})
+                return
+            await asyncio.sleep(self.poll_seconds)
+
+
+def _open_leases() -> Any:
+    from airflow_mlpipelines.caching.index import MetadataIndex
+    from airflow_mlpipelines.caching.lease import Leases
+    from airflow_mlpipelines.operators.connections import metadata_url
+
+    return Leases(MetadataIndex(metadata_url()))
