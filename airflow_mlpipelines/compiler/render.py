@@ -10,46 +10,61 @@ from airflow.sdk import DAG, BaseOperator, Param, TaskGroup
 from airflow.sdk.definitions._internal.contextmanager import DagContext
 
 from airflow_mlpipelines.compiler.params import make_param_schemas
-from airflow_mlpipelines.compiler.tasks import CACHE_SENSOR, FINISH, TaskPlan, plan_tasks
+from airflow_mlpipelines.compiler.tasks import plan_tasks
+from airflow_mlpipelines.definition.graph import REGENERATE_OUTPUTS
 from airflow_mlpipelines.exceptions import DefinitionError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from airflow_mlpipelines.compiler.tasks import TaskPlan
     from airflow_mlpipelines.definition.graph import PipelineGraph
 
 DAG_TAG = "mlpipelines"
 
 
-def to_dag(graph: PipelineGraph, *, dag_id: str | None = None, **dag_arguments: Any) -> DAG:
+def to_dag(
+    graph: PipelineGraph,
+    *,
+    dag_id: str | None = None,
+    schedule: Any = None,
+    wait_for_inputs: bool = False,
+    **dag_arguments: Any,
+) -> DAG:
     """Return the Airflow DAG of the pipeline.
 
     Args:
         graph: The checked pipeline.
         dag_id: The DAG's id; the pipeline's name if None.
-        dag_arguments: Airflow's own arguments of a DAG, such as ``schedule``. Params given here stand
-            beside those that the pipeline's parameters become.
+        schedule: Airflow's own argument; None means that runs are only triggered.
+        wait_for_inputs: Whether a run first waits until all its external data is there.
+        dag_arguments: Airflow's own arguments of a DAG. Params given here stand beside those that the
+            pipeline's parameters become.
 
     Raises:
         DefinitionError: A param given here has the name of a pipeline parameter.
     """
-    params = _make_params(graph)
     _check_params(graph, dag_arguments.get("params") or {})
     arguments: dict[str, Any] = {
         "description": graph.description,
-        "schedule": None,
         "catchup": False,
         "doc_md": graph.description,
         **dag_arguments,
     }
-    arguments["params"] = {**params, **(arguments.get("params") or {})}
     arguments["tags"] = sorted({DAG_TAG, *(arguments.get("tags") or ())})
-    dag = DAG(dag_id or graph.name, **arguments)
+    dag = DAG(dag_id or graph.name, schedule=schedule, **arguments)
     with dag:
-        _render_tasks(graph)
+        _render_tasks(graph, wait_for_inputs=wait_for_inputs)
+    _add_params(dag, graph)
     return dag
 
 
 def to_task_group(
-    graph: PipelineGraph, *, group_id: str | None = None, **arguments: Any
+    graph: PipelineGraph,
+    *,
+    group_id: str | None = None,
+    wait_for_inputs: bool = False,
+    **arguments: Any,
 ) -> TaskGroup:
     """Return the pipeline as a task group of the DAG that is being defined.
 
@@ -59,6 +74,7 @@ def to_task_group(
     Args:
         graph: The checked pipeline.
         group_id: The group's id; the pipeline's name if None.
+        wait_for_inputs: Whether the group first waits until all its external data is there.
         arguments: Airflow's own arguments of a TaskGroup.
 
     Raises:
@@ -70,24 +86,15 @@ def to_task_group(
             f"Pipeline {graph.name!r}: to_task_group() belongs inside a DAG: "
             "`with DAG(...) as dag: group = pipeline.to_task_group()`"
         )
-    _check_params(
-        graph, {name: dag.params[name] for name in dag.params if name not in _shared(dag)}
-    )
-    for name, param in _make_params(graph).items():
-        dag.params[name] = param
+    _check_params(graph, [name for name in dag.params if name != REGENERATE_OUTPUTS])
     with TaskGroup(group_id or graph.name, **arguments) as group:
-        _render_tasks(graph)
+        _render_tasks(graph, wait_for_inputs=wait_for_inputs)
+    _add_params(dag, graph)
     return group
 
 
-def _shared(dag: DAG) -> set[str]:
-    """Return the params that another pipeline of the same DAG brought along and may share."""
-    schemas = {name: dag.params.get_param(name).schema for name in dag.params}
-    return {name for name, schema in schemas.items() if schema.get("section") == "Reuse"}
-
-
-def _check_params(graph: PipelineGraph, params: dict[str, Any]) -> None:
-    clashes = sorted(set(make_param_schemas(graph)) & set(params))
+def _check_params(graph: PipelineGraph, own: Collection[str]) -> None:
+    clashes = sorted(set(make_param_schemas(graph)).intersection(own))
     if clashes:
         raise DefinitionError(
             f"Pipeline {graph.name!r}: the DAG has params of its own named {clashes}, which are "
@@ -95,21 +102,29 @@ def _check_params(graph: PipelineGraph, params: dict[str, Any]) -> None:
         )
 
 
-def _make_params(graph: PipelineGraph) -> dict[str, Param]:
-    return {
-        name: Param(default, **schema)
-        for name, (default, schema) in make_param_schemas(graph).items()
-    }
+def _add_params(dag: DAG, graph: PipelineGraph) -> None:
+    """Give the DAG the pipeline's parameters, after its tasks are made.
+
+    A task copies, checks and serializes all the params that its DAG has by then: with a thousand tasks
+    that costs seconds and megabytes. In a run, a task sees its DAG's params anyway.
+    """
+    for name, (default, schema) in make_param_schemas(graph).items():
+        if name == REGENERATE_OUTPUTS and name in dag.params:
+            # Several pipelines in one DAG share this one.
+            steps = list(
+                dict.fromkeys([*dag.params.get_param(name).schema["examples"], *schema["examples"]])
+            )
+            schema |= {"examples": steps, "items": {"type": "string", "enum": steps}}
+        dag.params[name] = Param(default, **schema)
 
 
-def _render_tasks(graph: PipelineGraph) -> None:
+def _render_tasks(graph: PipelineGraph, *, wait_for_inputs: bool) -> None:
     classes: dict[str, type[BaseOperator]] = {}
     tasks: dict[str, BaseOperator] = {}
-    for plan in plan_tasks(graph):
-        operator = classes.get(plan.operator)
-        if operator is None:
-            operator = classes[plan.operator] = _load_operator(plan.operator, graph)
-        task = tasks[plan.task_id] = _render_task(plan, operator, graph)
+    for plan in plan_tasks(graph, wait_for_inputs=wait_for_inputs):
+        if plan.operator not in classes:
+            classes[plan.operator] = _load_operator(plan.operator, graph)
+        task = tasks[plan.task_id] = _render_task(plan, classes[plan.operator], graph)
         if plan.upstream:
             task.set_upstream([tasks[name] for name in plan.upstream])
 
@@ -138,6 +153,3 @@ def _load_operator(path: str, graph: PipelineGraph) -> type[BaseOperator]:
     if not (isinstance(operator, type) and issubclass(operator, BaseOperator)):
         raise DefinitionError(f"Pipeline {graph.name!r}: {path!r} is no Airflow operator class")
     return operator
-
-
-__all__ = ["CACHE_SENSOR", "FINISH", "to_dag", "to_task_group"]

@@ -36,7 +36,7 @@ class TaskPlan:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def plan_tasks(graph: PipelineGraph) -> tuple[TaskPlan, ...]:
+def plan_tasks(graph: PipelineGraph, *, wait_for_inputs: bool = False) -> tuple[TaskPlan, ...]:
     """Return every task of the pipeline's DAG, each after those it depends on.
 
     The first decides for all steps whether they must run; the last is what others chain to. Every
@@ -45,7 +45,8 @@ def plan_tasks(graph: PipelineGraph) -> tuple[TaskPlan, ...]:
     """
     has_downstream = {upstream for step in graph.steps for upstream in step.upstream}
     leaves = tuple(step.id for step in graph.steps if step.id not in has_downstream)
-    tasks = [TaskPlan(CACHE_SENSOR, CACHE_SENSOR_OPERATOR, ())]
+    sensing: dict[str, Any] = {"wait_for_inputs": True} if wait_for_inputs else {}
+    tasks = [TaskPlan(CACHE_SENSOR, CACHE_SENSOR_OPERATOR, (), None, sensing)]
     tasks += [_plan_step(step, graph.computes[step.compute]) for step in graph.steps]
     tasks.append(
         TaskPlan(FINISH, FINISH_OPERATOR, leaves or (CACHE_SENSOR,), None, dict(_AFTER_STEPS))
