@@ -202,7 +202,7 @@ def _pin_external_data(
     def pin(source: ExternalDataSpec) -> Artifact | None:
         return pin_external(stores[source.datastore], source.path, how=source.pin, cache=cache)
 
-    if len(wanted) < 2:  # noqa: PLR2004 - threads pay from the second on
+    if len(wanted) < 2:  # threads pay from the second on
         return {key: pin(source) for key, source in wanted.items()}
     with ThreadPoolExecutor(_PARALLEL_PINS) as pool:
         return dict(zip(wanted, pool.map(pin, wanted.values()), strict=True))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines import settings
@@ -17,6 +16,7 @@ from airflow_mlpipelines.storage.transfer import commit_output, fetch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from airflow_mlpipelines.definition.graph import StepSpec
     from airflow_mlpipelines.storage.artifact import Artifact
@@ -75,19 +75,24 @@ def locate_workplace(
 
 def fill_stage(
     workplace: Workplace,
+    step: StepSpec,
     stores: StoreSet,
     *,
     snapshot: str | None,
-    inputs: Mapping[str, Artifact],
+    inputs: Mapping[str, Artifact | None],
     adopt: bool,
 ) -> Workplace:
     """Return the workplace with code, runtime and inputs there.
 
+    External data that is not there is no error by itself (Azure ML's rule): the step gets a path at
+    which nothing is.
+
     Args:
         workplace: As :func:`locate_workplace` returned it.
+        step: The step.
         stores: The registered datastores.
         snapshot: The digest of the step's code; None for a step without files of its own.
-        inputs: What each input has to hold.
+        inputs: What each input has to hold; None for external data that is not there.
         adopt: A program of an earlier try still works there: its directories are left as they are.
 
     Raises:
@@ -95,26 +100,45 @@ def fill_stage(
     """
     stage = workplace.stage
     if not adopt:
-        shutil.rmtree(stage.root, ignore_errors=True)
-        if stage.outputs:
-            shutil.rmtree(stage.outputs_root, ignore_errors=True)
-        stage.run.mkdir(parents=True)
-        if snapshot is not None:
-            unpack_snapshot(snapshot, stores.default, stage.code)
-        stage.code.mkdir(parents=True, exist_ok=True)
-        for kept in KEPT_DIRECTORIES:
-            (stage.code / kept).mkdir(exist_ok=True)
-    stage.outputs_root.mkdir(parents=True, exist_ok=True)
-    runtime = stage_runtime(stage.runtime)
+        _make_anew(stage, stores, snapshot=snapshot)
     blobs = BlobCache(settings.blob_cache_directory())
-    paths = {
-        name: fetch(artifact, stores, blobs=blobs, target=stage.root / "inputs" / name)
-        for name, artifact in inputs.items()
-    }
-    filled = Stage(
-        stage.root, stage.code, runtime, stage.run, paths, stage.outputs, stage.outputs_root
-    )
-    return Workplace(filled, workplace.directory, workplace.in_place)
+    paths = {}
+    for item in step.inputs:
+        artifact = inputs[item.name]
+        if artifact is None:
+            continue
+        target = stage.root / "inputs" / item.name
+        try:
+            found = fetch(artifact, stores, blobs=blobs, target=target)
+        except DataError as error:
+            raise DataError(f"step {step.name!r}, input {item.name!r}: {error}") from error
+        if item.mode == "download" and found != target and not adopt:
+            found = _copy(found, target)
+        paths[item.name] = found
+    filled = replace(stage, inputs=paths, runtime=stage_runtime(stage.runtime))
+    return replace(workplace, stage=filled)
+
+
+def _make_anew(stage: Stage, stores: StoreSet, *, snapshot: str | None) -> None:
+    shutil.rmtree(stage.root, ignore_errors=True)
+    if stage.outputs:
+        shutil.rmtree(stage.outputs_root, ignore_errors=True)
+        stage.outputs_root.mkdir(parents=True)
+    stage.run.mkdir(parents=True)
+    if snapshot is not None:
+        unpack_snapshot(snapshot, stores.default, stage.code)
+    for kept in KEPT_DIRECTORIES:
+        (stage.code / kept).mkdir(parents=True, exist_ok=True)
+
+
+def _copy(source: Path, target: Path) -> Path:
+    """Return a private copy: a step that downloads its input may write to it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+    else:
+        shutil.copy2(source, target)
+    return target
 
 
 def commit_outputs(

@@ -8,11 +8,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from airflow_mlpipelines.caching.decision import Decision, MissReason
+from airflow_mlpipelines.caching.decision import MissReason
 from airflow_mlpipelines.caching.fingerprint import step_fingerprint
 from airflow_mlpipelines.caching.index import CacheEntry
 from airflow_mlpipelines.compute.base import StepLaunch
-from airflow_mlpipelines.definition.graph import ParameterRef, ResourcesSpec
+from airflow_mlpipelines.definition.graph import ParameterRef
+from airflow_mlpipelines.exceptions import DataError, StepFailedError
 from airflow_mlpipelines.execution.heartbeat import hold_lease
 from airflow_mlpipelines.execution.staging import (
     commit_outputs,
@@ -21,6 +22,7 @@ from airflow_mlpipelines.execution.staging import (
     locate_workplace,
 )
 from airflow_mlpipelines.runtime.contract import render_arguments, step_environment
+from airflow_mlpipelines.runtime.metrics import read_metrics
 from airflow_mlpipelines.storage.transfer import missing_artifacts
 
 if TYPE_CHECKING:
@@ -29,9 +31,10 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.caching.decision import RunPlan
     from airflow_mlpipelines.caching.fingerprint import Fingerprint
     from airflow_mlpipelines.caching.index import MetadataIndex
-    from airflow_mlpipelines.compute.base import Emit, HandleStore, Launcher
+    from airflow_mlpipelines.compute.base import Emit, HandleStore, Launcher, ResolvedEnvironment
     from airflow_mlpipelines.definition.graph import PipelineGraph, StepSpec
     from airflow_mlpipelines.execution.identity import TaskIdentity
+    from airflow_mlpipelines.execution.staging import Workplace
     from airflow_mlpipelines.storage.artifact import Artifact
     from airflow_mlpipelines.storage.stat_cache import StatCache
     from airflow_mlpipelines.storage.stores import StoreSet
@@ -264,10 +267,14 @@ class StepRunner:
             for name, value in step.params.items()
         }
         inputs = {
-            item.name: paths.inputs.get(item.name, absent_path(paths, item)) for item in step.inputs
+            item.name: paths.inputs.get(item.name, f"{paths.run}/absent/{item.name}")
+            for item in step.inputs
         }
         argv = render_arguments(
-            step_argv(step), inputs=inputs, outputs=paths.outputs, parameters=parameters
+            (*step.command, *step.arguments),
+            inputs=inputs,
+            outputs=paths.outputs,
+            parameters=parameters,
         )
         if step.script is not None:
             argv = [paths.python, step.script, *argv]

@@ -12,16 +12,12 @@ from airflow_mlpipelines.operators.document import describe_step
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from airflow_mlpipelines.caching.decision import RunPlan
     from airflow_mlpipelines.definition.graph import PipelineGraph, StepSpec
+    from airflow_mlpipelines.execution.heartbeat import LeaseHeldError
     from airflow_mlpipelines.execution.step import StepResult, StepRunner
-    from airflow_mlpipelines.storage.artifact import Artifact
 
-PLAN_KEY = "plan"
-"""XCom key of the run's plan, pushed by the first task."""
 STEP_RUN_KEY = "step_run"
 METRICS_KEY = "metrics"
-_PLAN_TASK = "cache_sensor"
 _WAIT_SECONDS = 2.0
 
 

@@ -120,7 +120,6 @@ def _credentials(datastore: str, url: str, conn_id: str) -> dict[str, Any]:
                 client[name] = arguments.pop(name)
         if client:
             arguments["client_kwargs"] = client
-        for name, value in (("key", connection.login), ("secret", connection.password)):
-            if value:
-                arguments[name] = value
+        pair = {"key": connection.login, "secret": connection.password}
+        arguments |= {name: value for name, value in pair.items() if value}
     return arguments

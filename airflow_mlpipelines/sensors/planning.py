@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def make_plan(graph: PipelineGraph, context: Context) -> RunPlan:
-    """Return the plan of the run that this task instance belongs to, and record what it reuses."""
+    """Return the plan of the run that this task instance belongs to."""
     params = context["params"]
     index = MetadataIndex(metadata_url())
-    plan = plan_run(
+    return plan_run(
         graph,
         parameters=dict(params),
         regenerate=list(params.get(REGENERATE_OUTPUTS) or []),
@@ -30,4 +30,3 @@ def make_plan(graph: PipelineGraph, context: Context) -> RunPlan:
         stores=open_stores(graph),
         cache=StatCache(settings.stat_cache_file()),
     )
-    return plan

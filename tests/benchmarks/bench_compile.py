@@ -1,0 +1,99 @@
+"""Parsing and compiling a pipeline of many steps, against the same DAG of bare operators by hand.
+
+Run: ``python tests/benchmarks/bench_compile.py [--steps 1000] [--json]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+LIMIT_RATIO = 1.5
+
+
+def build_pipeline(steps: int, directory: str) -> object:
+    """Return the DAG of a pipeline in layers of ten, every step with two producers before it."""
+    from airflow_mlpipelines import CommandStep, Pipeline, PipelineData, Workspace
+
+    workspace = Workspace.from_config()
+    made: list[PipelineData] = []
+    pipeline_steps = []
+    for number in range(steps):
+        output = PipelineData(f"out_{number}")
+        inputs = [made[index] for index in upstream_of(number)]
+        pipeline_steps.append(
+            CommandStep(
+                ["cp", *inputs, output],
+                name=f"step_{number}",
+                inputs=inputs,
+                outputs=[output],
+                source_directory=directory,
+                compute_target="local",
+            )
+        )
+        made.append(output)
+    return Pipeline(workspace, pipeline_steps, name="benchmark").to_dag(dag_id="benchmark")
+
+
+def build_by_hand(steps: int) -> object:
+    """Return the same DAG of BashOperators."""
+    from airflow.providers.standard.operators.bash import BashOperator
+    from airflow.sdk import DAG
+
+    with DAG("by_hand", schedule=None) as dag:
+        tasks: list[BashOperator] = []
+        for number in range(steps):
+            task = BashOperator(
+                task_id=f"step_{number}", bash_command="cp in out", weight_rule="absolute"
+            )
+            if upstream := [tasks[index] for index in upstream_of(number)]:
+                task.set_upstream(upstream)
+            tasks.append(task)
+    return dag
+
+
+def upstream_of(number: int) -> list[int]:
+    """Return the two steps of the layer before, by number."""
+    return (
+        sorted({number - 10, number - 10 - number % 10 + (number + 3) % 10}) if number >= 10 else []
+    )
+
+
+def main() -> int:
+    """Print the figures; return 1 if compiling costs more than the limit."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["AIRFLOW_HOME"] = home
+        os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
+        (Path(home) / "run.sh").write_text("true\n")
+        pairs = []
+        for _ in range(args.rounds + 1):
+            started = time.perf_counter()
+            build_by_hand(args.steps)
+            between = time.perf_counter()
+            build_pipeline(args.steps, home)
+            pairs.append((between - started, time.perf_counter() - between))
+    hand, ours = (statistics.median(times) for times in zip(*pairs[1:], strict=True))
+    result = {
+        "benchmark": f"parse and compile {args.steps} steps",
+        "baseline": "the same DAG of BashOperators by hand",
+        "baseline_s": round(hand, 4),
+        "pipeline_s": round(ours, 4),
+        "ratio": round(ours / hand, 2),
+        "limit": LIMIT_RATIO,
+    }
+    print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    return 0 if ours / hand <= LIMIT_RATIO else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
