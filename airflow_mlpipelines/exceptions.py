@@ -73,6 +73,10 @@ class EnvironmentBuildError(MLPipelinesError):
     """The software environment of a step can't be resolved or built."""
 
 
+class ComputeUnavailableError(MLPipelinesError):
+    """The compute can't be reached, or was lost; the step's program is not to blame."""
+
+
 class SubmissionError(MLPipelinesError):
     """A run can't be started or followed."""
 

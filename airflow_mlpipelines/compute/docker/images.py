@@ -1,0 +1,171 @@
+"""Images by digest: what a name means on this daemon or in its registry, and fetching it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from airflow_mlpipelines.compute.docker.daemon import connect, unreachable
+from airflow_mlpipelines.exceptions import ComputeUnavailableError, EnvironmentBuildError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from docker import APIClient
+
+    from airflow_mlpipelines.compute.base import Emit
+    from airflow_mlpipelines.definition.graph import DockerComputeSpec, EnvironmentSpec
+
+_BY_DIGEST = re.compile(r"^(?:.+@)?(sha256:[0-9a-f]{64})$")
+_DENIED = re.compile(r"denied|unauthorized|authentication required|no basic auth|forbidden", re.I)
+_ABSENT = re.compile(
+    r"manifest unknown|not found|does not exist|no such image|invalid reference", re.I
+)
+_PROGRESS = frozenset({"Downloading", "Extracting", "Waiting"})
+
+
+@dataclass(frozen=True)
+class ImageIdentity:
+    """What an image's name stands for at this moment.
+
+    Attributes:
+        reference: What to run: by digest where it is known, else the name itself.
+        digest: ``sha256:…`` of the manifest; of an image that is in no registry, its id. None if
+            it is not known.
+        problem: Why it is not known, in words.
+    """
+
+    reference: str
+    digest: str | None
+    problem: str | None = None
+
+
+def image_name(environment: EnvironmentSpec | None, compute: DockerComputeSpec) -> str:
+    """Return the name of the image that a step of this environment runs on.
+
+    Raises:
+        EnvironmentBuildError: Nobody names one, or it would have to be built first.
+    """
+    if environment is not None and (environment.has_packages or environment.dockerfile):
+        raise EnvironmentBuildError(
+            f"environment {environment.name or 'of the step'!r} asks for packages or has a Dockerfile, but "
+            f"compute {compute.name!r} runs images that are built beforehand. Build one with them, and name "
+            "it as image=."
+        )
+    name = (environment.image if environment is not None else None) or compute.image
+    if name is None:
+        raise EnvironmentBuildError(
+            f"compute {compute.name!r} has no image, and neither has the step's environment. Give one of "
+            "them an image=."
+        )
+    return name
+
+
+def find_image(name: str, compute: DockerComputeSpec, *, timeout: int) -> ImageIdentity:
+    """Return what ``name`` stands for; where it can't be found out, the reason."""
+    pinned = pinned_image(name)
+    if pinned is not None:
+        return pinned
+    try:
+        client = connect(compute, timeout=timeout)
+        local = local_image(client, name)
+        if local is not None:
+            return local
+        if compute.conn_id:
+            client = connect(compute, login=True, timeout=timeout)
+        return registry_image(client, name)
+    except ComputeUnavailableError as error:
+        return ImageIdentity(name, None, str(error))
+    except OSError as error:  # docker's and requests' errors are OSErrors
+        return ImageIdentity(name, None, str(unreachable(compute, str(error))))
+
+
+def pinned_image(name: str) -> ImageIdentity | None:
+    """Return the identity of a ``name`` that says the digest itself, else None."""
+    match = _BY_DIGEST.match(name)
+    return ImageIdentity(name, match[1]) if match else None
+
+
+def local_image(client: APIClient, name: str) -> ImageIdentity | None:
+    """Return what ``name`` means on the daemon, or None if it has no such image."""
+    from docker.errors import NotFound
+
+    try:
+        image = client.inspect_image(name)  # type: ignore[no-untyped-call]
+    except NotFound:
+        return None
+    repository = _repository(name)
+    references = sorted(image.get("RepoDigests") or ())
+    own = [reference for reference in references if _repository(reference) == repository]
+    for reference in (*own, *references):
+        return ImageIdentity(reference, reference.partition("@")[2])
+    return ImageIdentity(image["Id"], image["Id"])
+
+
+def registry_image(client: APIClient, name: str) -> ImageIdentity:
+    """Return what ``name`` means in its registry, without fetching it; the reason if that fails."""
+    try:
+        found = client.inspect_distribution(name)  # type: ignore[no-untyped-call]
+        digest = found["Descriptor"]["digest"]
+    except (OSError, KeyError) as error:  # docker's and requests' errors are OSErrors
+        said = getattr(error, "explanation", None) or str(error)
+        return ImageIdentity(
+            name, None, f"image {name!r} is not on the Docker daemon, and its registry says: {said}"
+        )
+    return ImageIdentity(f"{_repository(name)}@{digest}", digest)
+
+
+def pull_image(client: APIClient, name: str, *, emit: Emit) -> None:
+    """Fetch ``name``, reporting each layer as it is begun and done.
+
+    Raises:
+        EnvironmentBuildError: There is no such image, or these credentials may not have it.
+        ComputeUnavailableError: The registry can't be reached.
+    """
+    emit(f"Pulling image {name}")
+    try:
+        _report(name, client.pull(name, stream=True, decode=True), emit)
+    except OSError as error:
+        raise _pull_failure(name, getattr(error, "explanation", None) or str(error)) from error
+    emit(f"Pulled image {name}")
+
+
+def _report(name: str, messages: Iterable[Any], emit: Emit) -> None:
+    latest: dict[str, str] = {}
+    for message in messages:
+        if "error" in message:
+            raise _pull_failure(name, str(message["error"]))
+        layer, status = message.get("id", ""), message.get("status", "")
+        if not status or status in _PROGRESS or latest.get(layer) == status:
+            continue
+        latest[layer] = status
+        emit(f"{layer}: {status}" if layer else status)
+
+
+def _pull_failure(name: str, said: str) -> EnvironmentBuildError | ComputeUnavailableError:
+    if name.startswith("sha256:"):
+        return EnvironmentBuildError(
+            f"The image {name} is on no registry, and the Docker daemon has it no more. Build it again, "
+            "or push it to a registry and name it from there."
+        )
+    if _DENIED.search(said):
+        return EnvironmentBuildError(
+            f"The image {name!r} does not exist, or may not be pulled without other credentials. Check its "
+            f"name, and the compute's conn_id (an Airflow connection of type docker). The registry says: {said}"
+        )
+    if _ABSENT.search(said):
+        return EnvironmentBuildError(
+            f"The image {name!r} does not exist. Check its name and tag. The registry says: {said}"
+        )
+    return ComputeUnavailableError(
+        f"The image {name!r} is not on the Docker daemon and can't be pulled: {said}. Check the daemon's way "
+        "to the registry, or put the image on the daemon beforehand."
+    )
+
+
+def _repository(name: str) -> str:
+    """Return ``name`` without tag and digest."""
+    name = name.partition("@")[0]
+    head, colon, tail = name.rpartition(":")
+    return head if colon and "/" not in tail else name

@@ -1,0 +1,344 @@
+"""The launcher: a container from before its start until after its removal, whatever happens on the way."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections import deque
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from airflow_mlpipelines.compute.base import Launcher, ResolvedEnvironment
+from airflow_mlpipelines.compute.docker.container import (
+    STEP_RUN_LABEL,
+    container_paths,
+    home_directory,
+    make_container,
+    plan_container,
+)
+from airflow_mlpipelines.compute.docker.daemon import (
+    connect,
+    daemon_url,
+    end_container,
+    find_container,
+    is_name_taken,
+    remove_container,
+    stop_container,
+    unreachable,
+)
+from airflow_mlpipelines.compute.docker.failures import end_failure, start_failure
+from airflow_mlpipelines.compute.docker.images import (
+    find_image,
+    image_name,
+    local_image,
+    pull_image,
+)
+from airflow_mlpipelines.compute.docker.logs import LogFollower
+from airflow_mlpipelines.compute.docker.users import default_user, find_uid, hand_over
+from airflow_mlpipelines.compute.docker.watch import (
+    ALIVE,
+    ENDED,
+    ContainerEnd,
+    DaemonLostError,
+    watch_container,
+)
+from airflow_mlpipelines.exceptions import ComputeUnavailableError, DataError, StepFailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from docker import APIClient
+
+    from airflow_mlpipelines.compute.base import Emit, HandleStore, ProcessPaths, Stage, StepLaunch
+    from airflow_mlpipelines.compute.docker.container import ContainerSpec
+    from airflow_mlpipelines.compute.docker.images import ImageIdentity
+    from airflow_mlpipelines.definition.graph import DockerComputeSpec, EnvironmentSpec
+
+log = logging.getLogger(__name__)
+
+_PLAN_TIMEOUT = 15
+_KILL_TIMEOUT = 1
+_TAIL_LINES = 50
+_OWNER_FILE = "docker-owner"
+
+
+class DockerLauncher(Launcher):
+    """Runs one step as one container of a Docker daemon."""
+
+    def __init__(self, compute: DockerComputeSpec) -> None:
+        self._compute = compute
+        self._token = uuid.uuid4().hex
+        self._image_name: str | None = None
+        self._name: str | None = None
+        self._owner_file: Path | None = None
+        self._killed = False
+        self._expired = False
+
+    # ---- the environment -------------------------------------------------------------------
+
+    def resolve_environment(self, environment: EnvironmentSpec | None) -> ResolvedEnvironment:
+        """Return the image by digest: as its name says, as the daemon has it, or as its registry does.
+
+        Where none of them tells, the step still runs, but nothing of it is reused.
+        """
+        name = image_name(environment, self._compute)
+        identity = find_image(name, self._compute, timeout=_PLAN_TIMEOUT)
+        return _resolved(name, identity, environment)
+
+    def prepare_environment(
+        self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment, *, emit: Emit
+    ) -> ResolvedEnvironment:
+        """Return ``resolved`` with its image on the daemon, pulled if it has to be.
+
+        Raises:
+            EnvironmentBuildError: There is no such image, or it may not be pulled.
+            ComputeUnavailableError: The daemon or the registry does not answer.
+        """
+        name = image_name(environment, self._compute)
+        self._image_name = name
+        reference = resolved.image or name
+        client = connect(self._compute)
+        identity = local_image(client, reference)
+        if identity is None:
+            puller = connect(self._compute, login=True) if self._compute.conn_id else client
+            pull_image(puller, reference, emit=emit)
+            identity = local_image(client, reference)
+        if resolved.cacheable or identity is None:
+            return resolved
+        return _resolved(name, identity, environment)
+
+    def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:
+        """Return the places of ``stage`` below ``/mlp``."""
+        return container_paths(stage, environment.python)
+
+    # ---- the container ---------------------------------------------------------------------
+
+    def recover(self, step_run_id: str, handle: HandleStore) -> bool:
+        """Return whether an earlier try's container is there to adopt, running or ended.
+
+        Any other container of this step run is removed.
+
+        Raises:
+            ComputeUnavailableError: The daemon does not answer.
+        """
+        return self._find_survivor(connect(self._compute), step_run_id, handle) is not None
+
+    def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
+        """Run the step's container to its end; an earlier try's is adopted, with its whole log.
+
+        Raises:
+            StepFailedError: It did not start, or ended with another exit code than 0.
+            ComputeUnavailableError: The daemon does not answer. A container that runs is left alone,
+                for the next try to adopt.
+        """
+        tail: deque[str] = deque(maxlen=_TAIL_LINES)
+
+        def hand_on(line: str) -> None:
+            tail.append(line)
+            emit(line)
+
+        self._claim(launch)
+        try:
+            client = connect(self._compute)
+            user = self._compute.user or default_user(client)
+            image = self._image_name or launch.image or ""
+            spec = plan_container(launch, self._compute, image_name=image, user=user)
+            survivor = self._find_survivor(client, spec.name, handle)
+            if survivor is None:
+                container = self._start(client, launch, spec, handle)
+            else:
+                container = str(survivor["Id"])
+                log.info("Adopting container %s of an earlier try, with its log so far:", spec.name)
+            end = self._attend(client, launch, container, hand_on, handle)
+        finally:
+            self._name = None
+        self._check(launch, spec, end, tuple(tail))
+
+    def kill(self) -> None:
+        """End the container and remove it: two seconds after SIGTERM, nothing in it is left.
+
+        Called in the middle of :meth:`run`, also by a signal handler in its very thread: so it takes
+        nothing of what ``run`` uses, and logs nothing. A container that another try has adopted since
+        is left alone.
+        """
+        self._killed = True
+        name = self._name
+        if name is None or not self._is_owner():
+            return
+        # What fails here, run() finds out; and what is left, the next try removes.
+        with suppress(ComputeUnavailableError, OSError):
+            client = connect(self._compute, timeout=_KILL_TIMEOUT)
+            if _is_ours(find_container(client, name), name):
+                end_container(client, name)
+
+    def _claim(self, launch: StepLaunch) -> None:
+        """Note that this try owns the container from now on, so that none before it kills it."""
+        self._owner_file = launch.stage.root / _OWNER_FILE
+        self._owner_file.write_text(self._token, encoding="utf-8")
+        self._name = launch.step_run_id
+
+    def _is_owner(self) -> bool:
+        try:
+            return self._owner_file is None or self._owner_file.read_text("utf-8") == self._token
+        except FileNotFoundError:
+            return False  # a later try has taken the directories down and begun anew
+
+    def _find_survivor(
+        self, client: APIClient, step_run_id: str, handle: HandleStore
+    ) -> Mapping[str, Any] | None:
+        """Return the container of an earlier try to adopt; remove what is not to be adopted.
+
+        A container that ended is adopted only while the handle says that nobody has read its end.
+        """
+        found = find_container(client, step_run_id)
+        if found is None or not _is_ours(found, step_run_id):
+            return None
+        noted = (handle.get() or {}).get("container")
+        status = found["State"]["Status"]
+        if (status in ALIVE and noted in (None, found["Id"])) or (
+            status in ENDED and noted == found["Id"]
+        ):
+            return found
+        log.info(
+            "Removing container %s, which an earlier try left behind (%s)", step_run_id, status
+        )
+        remove_container(client, found["Id"])
+        return None
+
+    def _start(
+        self, client: APIClient, launch: StepLaunch, spec: ContainerSpec, handle: HandleStore
+    ) -> str:
+        """Return the id of the started container; whatever fails on the way leaves none."""
+        from docker.errors import APIError
+
+        stage = launch.stage
+        home = home_directory(stage)
+        try:
+            uid = find_uid(client, spec.image, spec.user)
+            home.mkdir(exist_ok=True)
+            hand_over([stage.code, stage.run, stage.outputs_root, home], uid)
+        except DataError as error:
+            raise StepFailedError(launch.step_name, str(error), retryable=False) from error
+        try:
+            container = make_container(spec, client, uid=uid)
+            # Noted before it starts: whatever runs can be found again.
+            handle.set({"launcher": "docker", "container": container})
+            if not self._killed:  # a kill before now may have found no container
+                client.start(container)
+                return container
+        except APIError as error:
+            if not is_name_taken(error):
+                self._discard(client, spec.name)
+            if not self._killed:  # else it was removed before it could start
+                raise start_failure(
+                    launch.step_name, error, spec, daemon_url(self._compute)
+                ) from error
+        except BaseException:
+            self._discard(client, spec.name)
+            raise
+        self._discard(client, spec.name)
+        raise _killed(launch)
+
+    def _attend(
+        self,
+        client: APIClient,
+        launch: StepLaunch,
+        container: str,
+        emit: Emit,
+        handle: HandleStore,
+    ) -> ContainerEnd:
+        """Return how the container ended; it is removed then."""
+        over = threading.Event()
+        if launch.timeout_seconds is not None:
+            arguments = (container, launch.timeout_seconds, over)
+            threading.Thread(target=self._enforce_timeout, args=arguments, daemon=True).start()
+        try:
+            end = watch_container(client, container, LogFollower(client, container, emit))
+        except DaemonLostError as error:
+            raise unreachable(self._compute, str(error)) from error
+        except BaseException:  # above all a timeout or an interrupt, which Airflow raises in here
+            with suppress(ComputeUnavailableError, OSError):
+                end_container(connect(self._compute), container)
+            handle.set(None)
+            raise
+        finally:
+            over.set()
+        self._discard(client, container)
+        handle.set(None)
+        return end
+
+    def _enforce_timeout(self, container: str, seconds: float, over: threading.Event) -> None:
+        """End the container when its time is up, counted from its start, also if another try began it."""
+        left = seconds
+        with suppress(ComputeUnavailableError, OSError, ValueError):
+            found = find_container(connect(self._compute), container)
+            if found is not None:
+                started = datetime.fromisoformat(found["State"]["StartedAt"])
+                left -= (datetime.now(UTC) - started).total_seconds()
+        if over.wait(min(max(left, 0.0), seconds)):
+            return
+        self._expired = True
+        while not over.is_set():
+            with suppress(ComputeUnavailableError, OSError):
+                stop_container(connect(self._compute), container)
+                return
+            over.wait(1.0)
+
+    def _discard(self, client: APIClient, container: str) -> None:
+        """Remove a container whose end was read. If that fails the next one of this name does it."""
+        try:
+            remove_container(client, container)
+        except OSError as error:  # docker's and requests' errors are OSErrors
+            log.warning("Container %s could not be removed: %s", container, error)
+
+    def _check(
+        self, launch: StepLaunch, spec: ContainerSpec, end: ContainerEnd, log_tail: tuple[str, ...]
+    ) -> None:
+        """Return if the container ended well.
+
+        Raises:
+            StepFailedError: It did not.
+            ComputeUnavailableError: The daemon went away, and the container with it.
+        """
+        step = launch.step_name
+        code = end.state["ExitCode"] if end.state is not None else None
+        if self._killed:
+            raise _killed(launch, log_tail)
+        if self._expired:
+            raise StepFailedError(
+                step,
+                f"it ran longer than its timeout of {launch.timeout_seconds:g} seconds, and was killed",
+                exit_code=code,
+                log_tail=log_tail,
+            )
+        if code != 0:
+            raise end_failure(step, end, spec, daemon_url(self._compute), log_tail)
+
+
+def _resolved(
+    name: str, identity: ImageIdentity, environment: EnvironmentSpec | None
+) -> ResolvedEnvironment:
+    variables = dict(environment.environment_variables) if environment is not None else {}
+    return ResolvedEnvironment(
+        description={
+            "kind": "image",
+            "image": name,
+            "digest": identity.digest,
+            "variables": variables,
+        },
+        image=identity.reference,
+        cacheable=identity.digest is not None,
+        problem=identity.problem,
+    )
+
+
+def _is_ours(container: Mapping[str, Any] | None, step_run_id: str) -> bool:
+    labels = (container or {}).get("Config", {}).get("Labels") or {}
+    return bool(labels.get(STEP_RUN_LABEL) == step_run_id)
+
+
+def _killed(launch: StepLaunch, log_tail: tuple[str, ...] = ()) -> StepFailedError:
+    return StepFailedError(launch.step_name, "it was killed", log_tail=log_tail)
