@@ -155,7 +155,9 @@ def _read_code(
             if directory not in files:
                 files[directory] = list_source_files(directory)
                 if snapshot:
-                    snapshot_of[directory] = make_snapshot(directory, stores.default).digest
+                    snapshot_of[directory] = make_snapshot(
+                        directory, stores.default, files[directory]
+                    ).digest
             key = (directory, step.script, step.code)
             if key not in digests:
                 digests[key] = code_digest(directory, files[directory], step.script, mode=step.code)

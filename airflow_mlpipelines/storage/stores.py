@@ -1,0 +1,248 @@
+"""Datastores: named places for data over fsspec; a file store is used in place, without it.
+
+Only what lies in a registered datastore is ever read or written: :meth:`StoreSet.locate` is the one
+door through which an address that came from outside (an XCom, a database row) becomes a path.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
+
+from airflow_mlpipelines._naming import list_options, suggest
+from airflow_mlpipelines.exceptions import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from fsspec.spec import AbstractFileSystem
+
+_FILE_SCHEME = "file://"
+
+
+def check_path(path: str) -> str:
+    """Return a path on a datastore, cleaned of empty and ``.`` parts; the root is an empty string.
+
+    Raises:
+        DataError: It is absolute, climbs with ``..``, or holds a null byte.
+    """
+    if "\0" in path or path.startswith(("/", "~")) or "\\" in path.split("/", 1)[0][:3]:
+        raise DataError(f"path {path!r} on a datastore has to be relative to its root")
+    parts = [part for part in PurePosixPath(path).parts if part != "."]
+    if ".." in parts:
+        raise DataError(f"path {path!r} climbs out of its datastore with '..'")
+    return "/".join(parts)
+
+
+class Store:
+    """One datastore.
+
+    Attributes:
+        name: Its name in the workspace.
+        url: Its root, without a trailing slash.
+    """
+
+    def __init__(
+        self, name: str, url: str, *, filesystem: AbstractFileSystem | None, root: str
+    ) -> None:
+        self.name = name
+        self.url = url
+        self._filesystem = filesystem
+        self._root = root
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its data are files of this machine, which are used where they are."""
+        return self._filesystem is None
+
+    @property
+    def filesystem(self) -> AbstractFileSystem:
+        """The fsspec filesystem of a store that is not local."""
+        if self._filesystem is None:
+            raise DataError(f"datastore {self.name!r} is a directory and has no remote filesystem")
+        return self._filesystem
+
+    def local_path(self, path: str) -> Path:
+        """Return where on this machine ``path`` is.
+
+        Raises:
+            DataError: The store is not local, or the path leads out of it.
+        """
+        if not self.is_local:
+            raise DataError(f"datastore {self.name!r} ({self.url}) is no directory of this machine")
+        return Path(self._root, check_path(path))
+
+    def remote_path(self, path: str) -> str:
+        """Return ``path`` as the fsspec filesystem wants it."""
+        clean = check_path(path)
+        return f"{self._root}/{clean}" if clean else self._root
+
+    def uri(self, path: str) -> str:
+        """Return the address of ``path``: the store's URL and the path, quoted for file stores."""
+        clean = check_path(path)
+        if self.is_local:
+            clean = quote(clean.encode("utf-8", "surrogateescape"))
+        return f"{self.url}/{clean}" if clean else self.url
+
+    def path_of(self, uri: str) -> str | None:
+        """Return the path that ``uri`` has on this store, or None if it is not on it."""
+        if uri != self.url and not uri.startswith(f"{self.url}/"):
+            return None
+        path = uri[len(self.url) + 1 :]
+        if self.is_local:
+            path = unquote(path, errors="surrogateescape")
+        return path
+
+    def exists(self, path: str) -> bool:
+        """Whether a file or a directory is at ``path``."""
+        if self.is_local:
+            return os.path.lexists(self.local_path(path))
+        return bool(self.filesystem.exists(self.remote_path(path)))
+
+    def read_bytes(self, path: str) -> bytes:
+        """Return the content of the file at ``path``.
+
+        Raises:
+            DataError: There is none, or it can't be read.
+        """
+        try:
+            if self.is_local:
+                return self.local_path(path).read_bytes()
+            return bytes(self.filesystem.cat_file(self.remote_path(path)))
+        except OSError as error:
+            raise DataError(f"{self.uri(path)} can't be read: {error}") from error
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write a file, whole or not at all.
+
+        Raises:
+            DataError: It can't be written.
+        """
+        try:
+            if self.is_local:
+                _write_atomically(self.local_path(path), data)
+            else:  # object stores show an object only when it is complete
+                self.filesystem.pipe_file(self.remote_path(path), data)
+        except OSError as error:
+            raise DataError(f"{self.uri(path)} can't be written: {error}") from error
+
+    def delete(self, path: str) -> None:
+        """Delete the file or directory at ``path``; nothing happens if there is none."""
+        if self.is_local:
+            target = self.local_path(path)
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+        elif self.filesystem.exists(self.remote_path(path)):
+            self.filesystem.rm(self.remote_path(path), recursive=True)
+
+    def __repr__(self) -> str:
+        return f"Store({self.name!r}, {self.url!r})"
+
+
+def _write_atomically(target: Path, data: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:60]}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101 - mkstemp makes files for the owner alone
+        os.replace(temporary, target)  # noqa: PTH105 - both are plain strings here
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def open_store(
+    name: str,
+    url: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    credentials: Mapping[str, Any] | None = None,
+) -> Store:
+    """Return the datastore at ``url``; nothing is looked up there yet.
+
+    Args:
+        name: Its name in the workspace.
+        url: ``file:///directory``, or anything that fsspec understands.
+        options: Arguments for the fsspec filesystem that anybody may see.
+        credentials: Arguments that nobody may.
+
+    Raises:
+        DataError: The protocol is unknown, or its driver is not installed.
+    """
+    url = url.rstrip("/")
+    if url.startswith(_FILE_SCHEME):
+        root = unquote(url[len(_FILE_SCHEME) :]) or "/"
+        if not os.path.isabs(root):  # noqa: PTH117 - a string until it is known to be a path
+            raise DataError(
+                f"datastore {name!r}: {url!r} needs an absolute path: file:///directory"
+            )
+        return Store(name, url, filesystem=None, root=root)
+    from fsspec.core import url_to_fs
+
+    try:
+        filesystem, root = url_to_fs(url, **{**(options or {}), **(credentials or {})})
+    except (ImportError, ValueError) as error:
+        raise DataError(
+            f"datastore {name!r}: {url!r} can't be opened: {error}. For S3, install the extra "
+            "'airflow-mlpipelines[s3]'; other stores need their fsspec driver."
+        ) from error
+    return Store(name, url, filesystem=filesystem, root=root.rstrip("/"))
+
+
+class StoreSet:
+    """The registered datastores of a run: the only places to read from and to write to."""
+
+    def __init__(self, stores: Iterable[Store], default: str) -> None:
+        self._stores = {store.name: store for store in stores}
+        self._default = default
+        # The longest URL first: a store may lie inside another one.
+        self._by_length = sorted(self._stores.values(), key=lambda store: -len(store.url))
+
+    def __getitem__(self, name: str) -> Store:
+        """Return the store of this name.
+
+        Raises:
+            DataError: There is none.
+        """
+        try:
+            return self._stores[name]
+        except KeyError:
+            raise DataError(
+                f"datastore {name!r} is not registered; there are {list_options(self._stores)}."
+                f"{suggest(name, self._stores)}"
+            ) from None
+
+    @property
+    def default(self) -> Store:
+        """The store for snapshots and large values."""
+        return self[self._default]
+
+    def locate(self, uri: str) -> tuple[Store, str]:
+        """Return the store that ``uri`` lies on, and its path there.
+
+        Raises:
+            DataError: It lies on no registered datastore, or leads out of it.
+        """
+        for store in self._by_length:
+            path = store.path_of(uri)
+            if path is not None:
+                return store, check_path(path)
+        raise DataError(
+            "an artifact's address lies in no registered datastore; there are "
+            f"{list_options(self._stores)}. It is not read."
+        )
