@@ -9,6 +9,7 @@ CONFIG_FILE_NAME = "mlpipelines.yaml"
 CONFIG_VARIABLE = "MLPIPELINES_CONFIG"
 METADATA_CONNECTION_ID = "mlpipelines_metadata"
 METADATA_URL_VARIABLE = "MLPIPELINES_METADATA_URL"
+ALLOW_PICKLE_VARIABLE = "MLPIPELINES_ALLOW_PICKLE"
 
 
 def airflow_home() -> Path:
@@ -44,3 +45,14 @@ def blob_cache_directory() -> Path:
 def default_metadata_url() -> str:
     """Return the SQLAlchemy URL of the metadata database that is used without any set-up."""
     return os.environ.get(METADATA_URL_VARIABLE) or f"sqlite:///{home() / 'metadata.db'}"
+
+
+def allow_pickle(*, configured: bool = False) -> bool:
+    """Return whether this deployment lets tasks hand on values as pickles.
+
+    ``$MLPIPELINES_ALLOW_PICKLE`` says so where it is set; else it is as ``configured`` in Airflow.
+    """
+    override = os.environ.get(ALLOW_PICKLE_VARIABLE)
+    if override is None:
+        return configured
+    return override.strip().lower() in ("1", "true", "yes", "on")
