@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines import settings
 from airflow_mlpipelines.exceptions import DataError
-from airflow_mlpipelines.storage.stores import StoreSet, open_store
+from airflow_mlpipelines.storage.stores import Store, StoreSet, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from airflow.sdk import Connection
 
-    from airflow_mlpipelines.definition.graph import PipelineGraph
+    from airflow_mlpipelines.definition.graph import DatastoreSpec, PipelineGraph
 
 
 def metadata_url() -> str:
@@ -34,15 +34,20 @@ def open_stores(graph: PipelineGraph) -> StoreSet:
     Raises:
         DataError: A connection that a datastore names does not exist.
     """
-    stores = []
-    for spec in graph.datastores.values():
-        credentials: Mapping[str, Any] = {}
-        if spec.conn_id is not None:
-            credentials = _credentials(spec.name, spec.url, spec.conn_id)
-        stores.append(
-            open_store(spec.name, spec.url, options=spec.options, credentials=credentials)
-        )
+    stores = [open_datastore(spec) for spec in graph.datastores.values()]
     return StoreSet(stores, default=graph.default_datastore)
+
+
+def open_datastore(spec: DatastoreSpec) -> Store:
+    """Return a datastore, opened with the credentials of its Airflow connection if it names one.
+
+    Raises:
+        DataError: That connection does not exist.
+    """
+    credentials: Mapping[str, Any] = {}
+    if spec.conn_id is not None:
+        credentials = _credentials(spec.name, spec.url, spec.conn_id)
+    return open_store(spec.name, spec.url, options=spec.options, credentials=credentials)
 
 
 def read_secrets(step: str, secrets: Mapping[str, str]) -> dict[str, str]:
