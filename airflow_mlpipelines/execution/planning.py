@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines.caching.closure import CodeDigest, code_digest
-from airflow_mlpipelines.caching.planner import StepEnvironment, plan_steps
+from airflow_mlpipelines.caching.planner import (
+    PlanRequest,
+    StepEnvironment,
+    external_key,
+    plan_steps,
+)
 from airflow_mlpipelines.compute.launchers import make_launcher
 from airflow_mlpipelines.definition.graph import REGENERATE_ALL, ExternalDataSpec
 from airflow_mlpipelines.exceptions import DefinitionError, MLPipelinesError
@@ -68,17 +73,16 @@ def plan_run(
     }
     code, snapshots = _read_code(graph, stores, snapshot=snapshot)
     environments, resolved = _resolve_environments(graph)
-    plan = plan_steps(
-        graph,
+    request = PlanRequest(
+        graph=graph,
         parameters=values,
         code=code,
         environments=environments,
         external=_pin_external_data(graph, stores, cache),
-        index=index,
-        verify=partial(missing_artifacts, stores=stores),
-        regenerate=_expand_regenerate(graph, regenerate),
         snapshots=snapshots,
+        regenerate=_expand_regenerate(graph, regenerate),
     )
+    plan = plan_steps(request, index=index, verify=partial(missing_artifacts, stores=stores))
     contents = {item.digest: dict(item.description) for item in resolved}
     contents |= {item.digest: item.to_content() for item in code.values() if item is not None}
     if snapshot:
@@ -208,8 +212,3 @@ def _pin_external_data(
         return {key: pin(source) for key, source in wanted.items()}
     with ThreadPoolExecutor(_PARALLEL_PINS) as pool:
         return dict(zip(wanted, pool.map(pin, wanted.values()), strict=True))
-
-
-def external_key(source: ExternalDataSpec) -> str:
-    """Return the key under which a plan keeps what external data was pinned to."""
-    return f"{source.datastore}/{source.path}"

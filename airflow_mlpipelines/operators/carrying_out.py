@@ -10,12 +10,12 @@ from airflow.sdk.exceptions import AirflowSkipException
 from airflow_mlpipelines import settings
 from airflow_mlpipelines.caching.decision import Decision, RunPlan
 from airflow_mlpipelines.caching.index import MetadataIndex
+from airflow_mlpipelines.caching.planner import external_key
 from airflow_mlpipelines.compute.launchers import make_launcher
 from airflow_mlpipelines.definition.graph import ExternalDataSpec
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.execution.handles import FileHandle
 from airflow_mlpipelines.execution.identity import TaskIdentity
-from airflow_mlpipelines.execution.planning import external_key
 from airflow_mlpipelines.execution.step import Services, StepRunner
 from airflow_mlpipelines.operators.connections import metadata_url, open_stores, read_secrets
 from airflow_mlpipelines.storage.artifact import Artifact

@@ -1,0 +1,182 @@
+"""What differs between two sets of ingredients, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_SHOWN_CHARACTERS = 40
+_SHOWN_DIFFERENCES = 10
+_STEP_WORDS = {
+    "type": "step type",
+    "script": "script",
+    "command": "command",
+    "arguments": "arguments",
+    "bound_params": "params",
+    "outputs": "outputs",
+    "secrets": "secrets",
+    "version": "version",
+    "config": "configuration",
+}
+_MAPPINGS = {"params": "param", "environment_variables": "environment variable"}
+
+
+def find_differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], contents: Mapping[str, Any]
+) -> list[str]:
+    """Return what differs between two fingerprints' ingredients, one phrase for each thing.
+
+    Args:
+        before: The ingredients of the earlier run.
+        after: Those of this one.
+        contents: What is known by digest: the files of code, the packages of environments.
+
+    Returns:
+        Such as ``features.py changed (via train.py)``, ``learning_rate 0.1 -> 0.2``,
+        ``pandas 2.2.3 -> 2.3.0``; empty if nothing differs.
+    """
+    phrases = _compare_code(before.get("code"), after.get("code"), contents)
+    phrases += _compare_values("", before.get("parameters"), after.get("parameters"))
+    phrases += _compare_step(before.get("step") or {}, after.get("step") or {})
+    phrases += _compare_environment(before.get("environment"), after.get("environment"), contents)
+    phrases += _compare_inputs(before.get("inputs") or {}, after.get("inputs") or {})
+    return phrases
+
+
+def join_differences(phrases: list[str]) -> str:
+    """Return the phrases as one line, bounded."""
+    shown = phrases[:_SHOWN_DIFFERENCES]
+    more = len(phrases) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
+
+
+def count_common(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
+    """Return how many ingredients two fingerprints share, to find the nearest earlier one."""
+    return sum(
+        _flat(before.get(group)).get(name) == value
+        for group in after
+        for name, value in _flat(after[group]).items()
+    )
+
+
+def _flat(group: Any) -> dict[str, Any]:
+    return dict(group) if isinstance(group, dict) else {"": group}
+
+
+def _compare_code(before: str | None, after: str | None, contents: Mapping[str, Any]) -> list[str]:
+    if before == after:
+        return []
+    if before is None or after is None:
+        return [
+            "the step has a source directory now"
+            if after
+            else "the step has no source directory now"
+        ]
+    old, new = contents.get(before), contents.get(after)
+    if old is None or new is None:
+        return ["its code changed"]
+    phrases = []
+    for name in sorted(old["files"].keys() | new["files"].keys()):
+        if old["files"].get(name) == new["files"].get(name):
+            continue
+        change = _change_of(name in old["files"], name in new["files"])
+        importer = new["via"].get(name) or old["via"].get(name)
+        phrases.append(f"{name} {change}" + (f" (via {importer})" if importer else ""))
+    if not phrases and old["whole_folder"] != new["whole_folder"]:
+        phrases.append("what counts as its code changed")
+    return phrases or ["its code changed"]
+
+
+def _change_of(was_there: bool, is_there: bool) -> str:
+    if was_there and is_there:
+        return "changed"
+    return "is new" if is_there else "is gone"
+
+
+def _compare_environment(
+    before: str | None, after: str | None, contents: Mapping[str, Any]
+) -> list[str]:
+    if before == after:
+        return []
+    old, new = contents.get(before or ""), contents.get(after or "")
+    if old is None or new is None:
+        return ["its environment changed"]
+    if old.get("kind") != new.get("kind"):
+        return [f"its environment is {_kind_of(new)} now, and was {_kind_of(old)}"]
+    phrases = []
+    if old.get("python") != new.get("python"):
+        phrases.append(f"Python {old.get('python')} -> {new.get('python')}")
+    if old.get("digest") != new.get("digest"):
+        phrases.append(f"image {new.get('image')} has another digest")
+    phrases += _compare_values("", old.get("packages"), new.get("packages"))
+    phrases += _compare_values("environment variable ", old.get("variables"), new.get("variables"))
+    return phrases or ["its environment changed"]
+
+
+def _kind_of(description: Mapping[str, Any]) -> str:
+    return (
+        f"the image {description.get('image')}" if description.get("kind") == "image" else "Python"
+    )
+
+
+def _compare_step(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    phrases = []
+    for name, prefix in _MAPPINGS.items():
+        phrases += _compare_values(f"{prefix} ", before.get(name), after.get(name))
+    for name, word in _STEP_WORDS.items():
+        old, new = before.get(name), after.get(name)
+        if old == new:
+            continue
+        if name in ("arguments", "command"):
+            phrases.append(_compare_arguments(word, old or [], new or []))
+        elif isinstance(old, (str, type(None))) and isinstance(new, (str, type(None))):
+            phrases.append(f"{word} {_show(old)} -> {_show(new)}")
+        else:
+            phrases.append(f"{word} changed")
+    return phrases
+
+
+def _compare_arguments(word: str, before: list[Any], after: list[Any]) -> str:
+    """Name the one argument that differs, or say that several do."""
+    if len(before) == len(after):
+        changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+        if len(changed) == 1:
+            old, new = changed[0]
+            return f"{word.rstrip('s')} {_show(_spell(old))} -> {_show(_spell(new))}"
+    return f"{word} changed"
+
+
+def _spell(argument: list[list[str]]) -> str:
+    return "".join(text if kind == "literal" else f"{{{text}}}" for kind, text in argument)
+
+
+def _compare_values(
+    prefix: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+) -> list[str]:
+    old, new = before or {}, after or {}
+    phrases = []
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old:
+            phrases.append(f"{prefix}{name} {_show(new[name])} is new")
+        elif name not in new:
+            phrases.append(f"{prefix}{name} is gone")
+        elif old[name] != new[name] or type(old[name]) is not type(new[name]):
+            phrases.append(f"{prefix}{name} {_show(old[name])} -> {_show(new[name])}")
+    return phrases
+
+
+def _compare_inputs(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    phrases = []
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before or name not in after:
+            phrases.append(f"input {name!r} {_change_of(name in before, name in after)}")
+        elif before[name] != after[name]:
+            phrases.append(f"input {name!r} has other content")
+    return phrases
+
+
+def _show(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

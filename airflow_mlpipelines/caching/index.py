@@ -1,0 +1,333 @@
+"""The metadata index: what each fingerprint made, what the ingredients were, what happened."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+
+from airflow_mlpipelines.caching.schema import open_engine
+from airflow_mlpipelines.caching.tables import cache_entries, contents, step_runs
+from airflow_mlpipelines.exceptions import CacheError, DataError
+from airflow_mlpipelines.storage.artifact import Artifact
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+    from sqlalchemy.engine import Connection, RowMapping
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 500
+"""Values in one IN (…): SQLite takes 999 variables at the least."""
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """What a fingerprint was found to make.
+
+    Attributes:
+        step: The id of the step that was first to make it.
+        seconds: What making it took.
+        writer: Whose entry it is.
+        step_run: The id of the step run that made it.
+    """
+
+    fingerprint: str
+    pipeline: str
+    step: str
+    step_type: str
+    outputs: Mapping[str, Artifact]
+    ingredients: Mapping[str, Any]
+    seconds: float
+    writer: str
+    step_run: str
+    created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+@dataclass(frozen=True)
+class StepRunRecord:
+    """One time that a step ran, was reused or failed.
+
+    Attributes:
+        state: ``ran``, ``reused`` or ``failed``.
+        reason: Why it was not reused, or why it was, in words; of a failed one, the error.
+    """
+
+    dag_id: str
+    run_id: str
+    task_id: str
+    pipeline: str
+    step: str
+    step_run: str
+    state: str
+    reason: str
+    map_index: int = -1
+    try_number: int = 1
+    fingerprint: str | None = None
+    ingredients: Mapping[str, Any] | None = None
+    outputs: Mapping[str, Artifact] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    seconds_saved: float = 0.0
+    finished_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+class MetadataIndex:
+    """The metadata database. Cheap to make; the database is opened when it is first asked."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    @property
+    def engine(self) -> sa.Engine:
+        """The SQLAlchemy engine, migrated to this release."""
+        return open_engine(self._url)
+
+    # ---- cache entries ---------------------------------------------------------------------
+
+    def find_entries(self, fingerprints: Collection[str]) -> dict[str, CacheEntry]:
+        """Return the entries that there are for these fingerprints.
+
+        An entry that can't be read is left out, with one warning: a damaged entry is a miss.
+
+        Raises:
+            CacheError: The database can't be asked.
+        """
+        found: dict[str, CacheEntry] = {}
+        with _errors(), self.engine.connect().execution_options(reads_only=True) as connection:
+            for chunk in _chunks(fingerprints):
+                query = sa.select(cache_entries).where(cache_entries.c.fingerprint.in_(chunk))
+                for row in connection.execute(query).mappings():
+                    entry = _read_entry(row)
+                    if entry is not None:
+                        found[entry.fingerprint] = entry
+        return found
+
+    def put_entry(self, entry: CacheEntry) -> None:
+        """Remember what a fingerprint makes; it replaces an earlier entry, whole or not at all."""
+        values = {
+            **{column: getattr(entry, column) for column in _PLAIN_ENTRY_COLUMNS},
+            "outputs": _dump_outputs(entry.outputs),
+            "ingredients": dict(entry.ingredients),
+        }
+        with _errors(), self.engine.begin() as connection:
+            upsert(connection, cache_entries, [values], update=True)
+
+    def list_entries(
+        self, *, pipeline: str | None = None, step: str | None = None, limit: int = 100
+    ) -> list[CacheEntry]:
+        """Return the newest entries, newest first."""
+        query = sa.select(cache_entries).order_by(cache_entries.c.created_at.desc()).limit(limit)
+        if pipeline is not None:
+            query = query.where(cache_entries.c.pipeline == pipeline)
+        if step is not None:
+            query = query.where(cache_entries.c.step == step)
+        with _errors(), self.engine.connect().execution_options(reads_only=True) as connection:
+            rows = connection.execute(query).mappings().all()
+        return [entry for entry in map(_read_entry, rows) if entry is not None]
+
+    def get_entry(self, prefix: str) -> CacheEntry:
+        """Return the entry whose fingerprint begins with ``prefix``.
+
+        Raises:
+            CacheError: None does, or several do.
+        """
+        query = (
+            sa.select(cache_entries).where(cache_entries.c.fingerprint.startswith(prefix)).limit(2)
+        )
+        with _errors(), self.engine.connect().execution_options(reads_only=True) as connection:
+            rows = connection.execute(query).mappings().all()
+        entries = [entry for entry in map(_read_entry, rows) if entry is not None]
+        if len(entries) != 1:
+            count = "no" if not entries else "more than one"
+            raise CacheError(f"{count} cache entry has a fingerprint that begins with {prefix!r}")
+        return entries[0]
+
+    # ---- contents --------------------------------------------------------------------------
+
+    def put_contents(self, items: Mapping[str, Any]) -> None:
+        """Keep ingredients that many entries share, by digest."""
+        if not items:
+            return
+        known = set(self.get_contents(items))
+        rows = [
+            {"digest": digest, "content": content}
+            for digest, content in items.items()
+            if digest not in known
+        ]
+        if rows:
+            with _errors(), self.engine.begin() as connection:
+                upsert(connection, contents, rows, update=False)
+
+    def get_contents(self, digests: Collection[str]) -> dict[str, Any]:
+        """Return the contents that are kept under these digests."""
+        found: dict[str, Any] = {}
+        with _errors(), self.engine.connect().execution_options(reads_only=True) as connection:
+            for chunk in _chunks(digests):
+                query = sa.select(contents).where(contents.c.digest.in_(chunk))
+                found |= {row.digest: row.content for row in connection.execute(query)}
+        return found
+
+    # ---- step runs -------------------------------------------------------------------------
+
+    def record_step_runs(self, records: Sequence[StepRunRecord]) -> None:
+        """Note what happened."""
+        if not records:
+            return
+        rows = [
+            {
+                **{column: getattr(record, column) for column in _PLAIN_RUN_COLUMNS},
+                "ingredients": dict(record.ingredients) if record.ingredients is not None else None,
+                "outputs": _dump_outputs(record.outputs),
+                "metrics": dict(record.metrics),
+            }
+            for record in records
+        ]
+        with _errors(), self.engine.begin() as connection:
+            connection.execute(sa.insert(step_runs), rows)
+
+    def find_step_runs(
+        self,
+        *,
+        dag_id: str | None = None,
+        run_id: str | None = None,
+        step: str | None = None,
+        limit: int = 1000,
+    ) -> list[StepRunRecord]:
+        """Return what happened, newest first."""
+        query = sa.select(step_runs).order_by(step_runs.c.id.desc()).limit(limit)
+        for column, value in (("dag_id", dag_id), ("run_id", run_id), ("step", step)):
+            if value is not None:
+                query = query.where(step_runs.c[column] == value)
+        with _errors(), self.engine.connect().execution_options(reads_only=True) as connection:
+            return [_read_run(row) for row in connection.execute(query).mappings()]
+
+    def find_earlier_runs(
+        self, pipeline: str, steps: Collection[str], *, depth: int = 5
+    ) -> dict[str, list[StepRunRecord]]:
+        """Return, for each of these steps, the last few runs of its program, newest first."""
+        found: dict[str, list[StepRunRecord]] = {}
+        newest = (
+            sa.func.row_number()
+            .over(partition_by=step_runs.c.step, order_by=step_runs.c.id.desc())
+            .label("place")
+        )
+        with _errors(), self.engine.connect().execution_options(reads_only=True) as connection:
+            for chunk in _chunks(steps):
+                ranked = (
+                    sa.select(step_runs, newest)
+                    .where(
+                        step_runs.c.pipeline == pipeline,
+                        step_runs.c.step.in_(chunk),
+                        step_runs.c.state == "ran",
+                    )
+                    .subquery()
+                )
+                query = sa.select(ranked).where(ranked.c.place <= depth).order_by(ranked.c.place)
+                for row in connection.execute(query).mappings():
+                    found.setdefault(row["step"], []).append(_read_run(row))
+        return found
+
+
+_PLAIN_ENTRY_COLUMNS = (
+    "fingerprint",
+    "pipeline",
+    "step",
+    "step_type",
+    "seconds",
+    "writer",
+    "step_run",
+    "created_at",
+)
+_PLAIN_RUN_COLUMNS = (
+    "dag_id",
+    "run_id",
+    "task_id",
+    "map_index",
+    "try_number",
+    "pipeline",
+    "step",
+    "step_run",
+    "state",
+    "reason",
+    "fingerprint",
+    "seconds",
+    "seconds_saved",
+    "finished_at",
+)
+
+
+class _errors:  # noqa: N801 - used as a statement: `with _errors(), …`
+    """Turns errors of the database into ours, without the statement's values."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, DBAPIError):
+            raise CacheError(f"the metadata database failed: {error.orig}") from error
+
+
+def upsert(
+    connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]], *, update: bool
+) -> None:
+    """Insert rows; one that is there already is replaced, or, without ``update``, left as it is."""
+    if connection.dialect.name == "postgresql":
+        from sqlalchemy.dialects.postgresql import insert
+    else:
+        from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
+    keys = [column.name for column in table.primary_key]
+    for chunk in _chunks(list(rows)):
+        statement = insert(table).values(chunk)
+        if update:
+            changed = {
+                column.name: statement.excluded[column.name]
+                for column in table.columns
+                if column.name not in keys
+            }
+            connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed))
+        else:
+            connection.execute(statement.on_conflict_do_nothing(index_elements=keys))
+
+
+def _chunks(values: Iterable[Any]) -> Iterator[list[Any]]:
+    items = list(values)
+    for start in range(0, len(items), _CHUNK):
+        yield items[start : start + _CHUNK]
+
+
+def _dump_outputs(outputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    return {name: artifact.to_dict() for name, artifact in outputs.items()}
+
+
+def _read_entry(row: RowMapping) -> CacheEntry | None:
+    try:
+        outputs = {name: Artifact.from_dict(item) for name, item in row["outputs"].items()}
+        return CacheEntry(
+            **{column: row[column] for column in _PLAIN_ENTRY_COLUMNS},
+            outputs=outputs,
+            ingredients=dict(row["ingredients"]),
+        )
+    except (DataError, AttributeError, TypeError, ValueError) as error:
+        log.warning(
+            "Cache entry %s can't be read and counts as a miss: %s", row["fingerprint"], error
+        )
+        return None
+
+
+def _read_run(row: RowMapping) -> StepRunRecord:
+    try:
+        outputs = {name: Artifact.from_dict(item) for name, item in row["outputs"].items()}
+    except (DataError, AttributeError):  # what happened is worth showing all the same
+        outputs = {}
+    return StepRunRecord(
+        **{column: row[column] for column in _PLAIN_RUN_COLUMNS},
+        ingredients=row["ingredients"],
+        outputs=outputs,
+        metrics=row["metrics"],
+    )
