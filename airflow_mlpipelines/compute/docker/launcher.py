@@ -61,6 +61,7 @@ log = logging.getLogger(__name__)
 
 _PLAN_TIMEOUT = 15
 _KILL_TIMEOUT = 1
+_LOG_END_SECONDS = 0.4
 _TAIL_LINES = 50
 _OWNER_FILE = "docker-owner"
 
@@ -76,6 +77,7 @@ class DockerLauncher(Launcher):
         self._owner_file: Path | None = None
         self._killed = False
         self._expired = False
+        self._over = threading.Event()
 
     # ---- the environment -------------------------------------------------------------------
 
@@ -155,6 +157,7 @@ class DockerLauncher(Launcher):
             end = self._attend(client, launch, container, hand_on, handle)
         finally:
             self._name = None
+            self._over.set()
         self._check(launch, spec, end, tuple(tail))
 
     def kill(self) -> None:
@@ -172,7 +175,10 @@ class DockerLauncher(Launcher):
         with suppress(ComputeUnavailableError, OSError):
             client = connect(self._compute, timeout=_KILL_TIMEOUT)
             if _is_ours(find_container(client, name), name):
-                end_container(client, name)
+                stop_container(client, name)
+                # A log that is followed does not end if its container goes at once.
+                self._over.wait(_LOG_END_SECONDS)
+                remove_container(client, name)
 
     def _claim(self, launch: StepLaunch) -> None:
         """Note that this try owns the container from now on, so that none before it kills it."""

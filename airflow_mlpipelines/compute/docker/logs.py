@@ -23,7 +23,7 @@ _HEADER = struct.Struct(
     ">BxxxL"
 )  # the stream (1: stdout, 2: stderr) and the length of what follows
 _CONNECT_SECONDS = 10.0
-_SILENCE_SECONDS = 60.0
+_SILENCE_SECONDS = 10.0
 _LONGEST_LINE = 256 * 1024
 _KEPT_SECONDS = 2
 _SECOND = len("2026-01-31T12:34:56")
@@ -31,7 +31,7 @@ _CLOCK_STEP_SECONDS = 60
 
 
 class LogConnectionError(Exception):
-    """The connection that a log was read from broke, or nothing came for a minute."""
+    """The connection that a log was read from broke, or nothing came for ten seconds."""
 
 
 class LogEntry(NamedTuple):
