@@ -8,6 +8,7 @@ import uuid
 from collections import deque
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import Launcher, ResolvedEnvironment
@@ -79,6 +80,11 @@ class DockerLauncher(Launcher):
         self._expired = False
         self._over = threading.Event()
 
+    @cached_property
+    def _client(self) -> APIClient:
+        """The connection of the thread that runs the step; whoever interrupts it opens another one."""
+        return connect(self._compute)
+
     # ---- the environment -------------------------------------------------------------------
 
     def resolve_environment(self, environment: EnvironmentSpec | None) -> ResolvedEnvironment:
@@ -102,7 +108,7 @@ class DockerLauncher(Launcher):
         name = image_name(environment, self._compute)
         self._image_name = name
         reference = resolved.image or name
-        client = connect(self._compute)
+        client = self._client
         identity = local_image(client, reference)
         if identity is None:
             puller = connect(self._compute, login=True) if self._compute.conn_id else client
@@ -126,7 +132,7 @@ class DockerLauncher(Launcher):
         Raises:
             ComputeUnavailableError: The daemon does not answer.
         """
-        return self._find_survivor(connect(self._compute), step_run_id, handle) is not None
+        return self._find_survivor(self._client, step_run_id, handle) is not None
 
     def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
         """Run the step's container to its end; an earlier try's is adopted, with its whole log.
@@ -144,7 +150,7 @@ class DockerLauncher(Launcher):
 
         self._claim(launch)
         try:
-            client = connect(self._compute)
+            client = self._client
             user = self._compute.user or default_user(client)
             image = self._image_name or launch.image or ""
             spec = plan_container(launch, self._compute, image_name=image, user=user)
