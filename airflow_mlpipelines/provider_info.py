@@ -29,4 +29,29 @@ def get_provider_info() -> dict[str, Any]:
                 "python-modules": ["airflow_mlpipelines.triggers.lease"],
             }
         ],
+        "config": {
+            "mlpipelines": {
+                "description": "How values travel between tasks with "
+                "``[core] xcom_backend = airflow_mlpipelines.xcom.DataReferenceXComBackend``.",
+                "options": {
+                    "xcom_threshold_bytes": {
+                        "description": "A value whose JSON is larger than this many bytes is kept in "
+                        "the default datastore, and its XCom holds a reference.",
+                        "version_added": "0.1.0",
+                        "type": "integer",
+                        "example": "1048576",
+                        "default": "65536",
+                    },
+                    "allow_pickle": {
+                        "description": "Whether tasks may hand on values that no open format holds, "
+                        "as pickles. Whoever can write to the default datastore can then run code in "
+                        "every task that pulls such a value. ``$MLPIPELINES_ALLOW_PICKLE`` overrides it.",
+                        "version_added": "0.1.0",
+                        "type": "boolean",
+                        "example": None,
+                        "default": "False",
+                    },
+                },
+            },
+        },
     }

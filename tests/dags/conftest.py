@@ -34,7 +34,7 @@ class RunDag(Protocol):
     def __call__(self, dag: DAG, conf: dict[str, Any] | None = None) -> DagRun: ...
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_dag(airflow_db: Path) -> RunDag:
     """Return what runs a DAG that was made in the test itself and lies in no bundle."""
 
