@@ -87,7 +87,15 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f"{__name__}.{home}"), name)
+    try:
+        module = import_module(f"{__name__}.{home}")
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{__name__}.{home}".startswith(error.name):
+            raise  # a dependency is missing, not a part of this package
+        raise ImportError(
+            f"{name!r} defines pipelines, and only Run is available inside a step's process."
+        ) from error
+    value = getattr(module, name)
     globals()[name] = value
     return value
 
