@@ -21,6 +21,7 @@ ENDED = frozenset({"exited", "dead"})
 PATIENCE_SECONDS = 600.0
 """How long a daemon may be away before a step gives up on it."""
 _READS_AFTER_END = 5
+_PAUSE_AFTER_BREAK = 0.1
 _FIRST_PAUSE = 0.01
 _LONGEST_PAUSE = 2.0
 
@@ -53,6 +54,10 @@ def watch_container(
     was_away = False
     while True:
         broken = _read(follower, follow=True)
+        if broken:
+            time.sleep(
+                _PAUSE_AFTER_BREAK
+            )  # a log that can't be read at all must not be asked for all the time
         found, waited = _inspect(client, container, patience, expect_end=not broken)
         was_away |= waited
         if found is None:
