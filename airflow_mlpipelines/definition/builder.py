@@ -1,0 +1,452 @@
+"""From authoring objects to the graph, with every problem found on the way."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airflow_mlpipelines._naming import (
+    list_options,
+    make_identifier,
+    make_unique,
+    suggest,
+)
+from airflow_mlpipelines.definition.checks import check_graph
+from airflow_mlpipelines.definition.computes import ComputeTarget
+from airflow_mlpipelines.definition.data import (
+    TOKEN_PREFIX,
+    DataReference,
+    InputBinding,
+    PipelineData,
+)
+from airflow_mlpipelines.definition.environment import Environment
+from airflow_mlpipelines.definition.graph import (
+    Argument,
+    ArgumentPart,
+    ComputeSpec,
+    DatastoreSpec,
+    EnvironmentSpec,
+    ExternalDataSpec,
+    InputPart,
+    InputSpec,
+    LiteralPart,
+    OutputPart,
+    OutputSpec,
+    ParameterRef,
+    ParameterSpec,
+    ParameterValue,
+    PipelineGraph,
+    ResourcesSpec,
+    StepOutputRef,
+    StepSpec,
+)
+from airflow_mlpipelines.definition.ordering import CycleError, StepOrder, find_handles
+from airflow_mlpipelines.definition.parameters import PipelineParameter
+from airflow_mlpipelines.definition.workspace import Datastore
+from airflow_mlpipelines.exceptions import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from airflow_mlpipelines.definition.data import Handle
+    from airflow_mlpipelines.definition.pipeline import Pipeline
+    from airflow_mlpipelines.definition.steps import PipelineStep
+
+RESERVED_IDS = frozenset({"cache_sensor", "finish"})
+"""Ids of the tasks that stand around a pipeline's steps."""
+_TOKEN = re.compile(re.escape(TOKEN_PREFIX) + r"(\w+)")
+_MAX_NAME = 200
+
+
+def build_graph(pipeline: Pipeline) -> tuple[PipelineGraph | None, list[Problem]]:
+    """Return the graph of a pipeline, and all its problems; None if there are steps in a circle."""
+    order = StepOrder(pipeline.steps, resolve_closure=pipeline.resolve_closure)
+    try:
+        steps = order.sort()
+    except CycleError as error:
+        return None, [Problem(f"{error}. Remove one of the edges.", step=error.path[0].name)]
+    return _Builder(pipeline, order, steps).build()
+
+
+class _Builder:
+    """Everything of one pipeline that its graph is made from."""
+
+    def __init__(self, pipeline: Pipeline, order: StepOrder, steps: list[PipelineStep]) -> None:
+        self._pipeline = pipeline
+        self._order = order
+        self._steps = steps
+        self._ids = dict(zip(map(id, steps), make_step_ids(steps), strict=True))
+        self._problems: list[Problem] = []
+        self._datastores: dict[str, DatastoreSpec] = {}
+        self._computes: dict[str, ComputeSpec] = {}
+        self._parameters: dict[str, ParameterSpec] = {}
+        self._default_store = self._find_datastore(pipeline.default_datastore, None, None)
+
+    def build(self) -> tuple[PipelineGraph, list[Problem]]:
+        """Return the graph and its problems."""
+        pipeline = self._pipeline
+        specs = [self._build_step(step) for step in self._steps]
+        graph = PipelineGraph(
+            name=pipeline.name,
+            description=pipeline.description,
+            workspace=pipeline.workspace.name,
+            root=str(pipeline.root),
+            default_datastore=self._default_store,
+            datastores=self._datastores,
+            computes=self._computes,
+            parameters=tuple(self._parameters.values()),
+            steps=tuple(specs),
+        )
+        return graph, [*self._problems, *check_graph(graph)]
+
+    def _report(
+        self, message: str, step: PipelineStep | None = None, port: str | None = None
+    ) -> None:
+        self._problems.append(Problem(message, step=step.name if step else None, port=port))
+
+    # ---- steps -----------------------------------------------------------------------------
+
+    def _build_step(self, step: PipelineStep) -> StepSpec:
+        if not isinstance(step.name, str) or not step.name.strip() or len(step.name) > _MAX_NAME:
+            self._report(f"the name {step.name!r} is no text of 1 to {_MAX_NAME} characters", step)
+        inputs = self._build_inputs(step)
+        outputs = self._build_outputs(step)
+        ports = _Ports(step, inputs)
+        return StepSpec(
+            id=self._ids[id(step)],
+            name=str(step.name),
+            type=type(step).__name__,
+            operator=step.operator,
+            script=step.script,
+            command=self._build_arguments(step, step.make_command(), ports),
+            arguments=self._build_arguments(step, step.arguments, ports),
+            source_directory=self._find_source_directory(step),
+            inputs=tuple(inputs.values()),
+            outputs=tuple(outputs),
+            params=self._build_params(step),
+            environment_variables=self._build_variables(step),
+            secrets=step.secrets,
+            compute=self._find_compute(step),
+            environment=self._find_environment(step),
+            resources=step.resources.spec if step.resources is not None else ResourcesSpec(),
+            allow_reuse=step.allow_reuse,
+            version=step.version,
+            code=step.code,
+            ignore=step.ignore,
+            run_after=tuple(
+                dict.fromkeys(self._ids[id(item)] for item in self._order.waits_for(step))
+            ),
+            retries=step.retries,
+            retry_delay_seconds=step.retry_delay,
+            timeout_seconds=step.timeout,
+            config=step.config,
+            description=step.description,
+        )
+
+    def _find_source_directory(self, step: PipelineStep) -> str | None:
+        chosen = step.source_directory
+        if getattr(step, "uses_default_directory", False):
+            chosen = self._pipeline.default_source_directory or "."
+        if chosen is None:
+            return None
+        root = self._pipeline.root
+        directory = (root / Path(chosen).expanduser()).resolve()
+        try:
+            return directory.relative_to(root).as_posix()
+        except ValueError:
+            return str(directory)
+
+    def _find_compute(self, step: PipelineStep) -> str:
+        targets = self._pipeline.workspace.compute_targets
+        wanted = step.compute_target
+        if isinstance(wanted, tuple):
+            wanted = wanted[0]
+        if wanted is None:
+            wanted = self._pipeline.workspace.default_compute
+        if isinstance(wanted, str):
+            if wanted not in targets:
+                self._report(
+                    f"compute {wanted!r} is not in workspace {self._pipeline.workspace.name!r}, which has "
+                    f"{list_options(targets)}.{suggest(wanted, targets)}",
+                    step,
+                )
+                wanted = self._pipeline.workspace.default_compute
+            else:
+                wanted = targets[wanted]
+        if not isinstance(wanted, ComputeTarget):
+            self._report(
+                f"compute_target is a {type(wanted).__name__}; pass a compute or its name", step
+            )
+            wanted = self._pipeline.workspace.default_compute
+        known = self._computes.setdefault(wanted.name, wanted.spec)
+        if known != wanted.spec:
+            self._report(
+                f"compute {wanted.name!r} is defined in two ways; give one another name", step
+            )
+        return wanted.name
+
+    def _find_environment(self, step: PipelineStep) -> EnvironmentSpec | None:
+        environments = self._pipeline.workspace.environments
+        wanted = step.environment
+        if isinstance(wanted, str):
+            if wanted not in environments:
+                self._report(
+                    f"environment {wanted!r} is not in workspace {self._pipeline.workspace.name!r}, which "
+                    f"has {list_options(environments)}.{suggest(wanted, environments)}",
+                    step,
+                )
+                return None
+            wanted = environments[wanted]
+        if wanted is None:
+            return None
+        if not isinstance(wanted, Environment):
+            self._report(
+                f"environment is a {type(wanted).__name__}; pass an Environment or a name", step
+            )
+            return None
+        return wanted.spec
+
+    def _build_variables(self, step: PipelineStep) -> dict[str, str]:
+        for name, value in step.environment_variables.items():
+            if not isinstance(value, str):
+                self._report(
+                    f"is {value!r}, but environment variables are text", step, f"variable {name!r}"
+                )
+        return {name: str(value) for name, value in step.environment_variables.items()}
+
+    # ---- data ------------------------------------------------------------------------------
+
+    def _find_datastore(
+        self, datastore: Datastore | str | None, step: PipelineStep | None, port: str | None
+    ) -> str:
+        workspace = self._pipeline.workspace
+        if datastore is None:
+            spec = workspace.default_datastore.spec
+        elif isinstance(datastore, str):
+            if datastore not in workspace.datastores:
+                self._report(
+                    f"datastore {datastore!r} is not in workspace {workspace.name!r}, which has "
+                    f"{list_options(workspace.datastores)}.{suggest(datastore, workspace.datastores)}",
+                    step,
+                    port,
+                )
+                return self._find_datastore(None, step, port)
+            spec = workspace.datastores[datastore].spec
+        elif isinstance(datastore, Datastore):
+            spec = datastore.spec
+        else:
+            self._report(f"{datastore!r} is no datastore", step, port)
+            return self._find_datastore(None, step, port)
+        if self._datastores.setdefault(spec.name, spec) != spec:
+            self._report(f"datastore {spec.name!r} is defined in two ways", step, port)
+        return spec.name
+
+    def _build_inputs(self, step: PipelineStep) -> dict[int, InputSpec]:
+        """Return the step's inputs by the identity of their handles; those in arguments count too."""
+        made = {id(data) for data in step.outputs}
+        inputs: dict[int, InputSpec] = {}
+        named: dict[str, InputSpec] = {}
+        for handle in (*step.inputs, *find_handles(step)):
+            if id(handle) in inputs or (id(handle) in made and handle not in step.inputs):
+                continue
+            spec = self._build_input(step, handle)
+            if spec is None:
+                continue
+            known = named.setdefault(spec.name, spec)
+            if known.source != spec.source:
+                self._report(
+                    "is the name of two inputs; rename one with as_input('other_name')",
+                    step,
+                    f"input {spec.name!r}",
+                )
+            inputs[id(handle)] = known
+        return {key: spec for key, spec in inputs.items() if named[spec.name] is spec}
+
+    def _build_input(self, step: PipelineStep, handle: Any) -> InputSpec | None:
+        if isinstance(handle, DataReference):
+            port = f"input {handle.name!r}"
+            source = ExternalDataSpec(
+                name=handle.name,
+                datastore=self._find_datastore(handle.datastore, step, port),
+                path=handle.path_on_datastore,
+                pin=handle.pin,
+            )
+            return InputSpec(
+                name=handle.name,
+                source=source,
+                mode=handle.mode,
+                path_on_compute=handle.path_on_compute,
+            )
+        if not isinstance(handle, (PipelineData, InputBinding)):
+            self._report(
+                f"{type(handle).__name__} can't be an input; DataReference and PipelineData can",
+                step,
+            )
+            return None
+        data = handle.data if isinstance(handle, InputBinding) else handle
+        producer = self._find_producer(step, data)
+        if producer is None:
+            return None
+        return InputSpec(
+            name=handle.name,
+            source=StepOutputRef(step=producer, output=data.output_name),
+            mode=handle.mode if isinstance(handle, InputBinding) else "mount",
+            path_on_compute=handle.path_on_compute if isinstance(handle, InputBinding) else None,
+        )
+
+    def _find_producer(self, step: PipelineStep, data: PipelineData) -> str | None:
+        here = [item for item in data.producers if id(item) in self._ids]
+        if not here:
+            others = "" if not data.producers else " in this pipeline (resolve_closure is False)"
+            self._report(
+                f"no step makes it{others}: put it into the outputs of the step that does",
+                step,
+                f"input {data.name!r}",
+            )
+            return None
+        return self._ids[id(here[0])]
+
+    def _build_outputs(self, step: PipelineStep) -> list[OutputSpec]:
+        outputs: dict[str, OutputSpec] = {}
+        for data in step.outputs:
+            if not isinstance(data, PipelineData):
+                self._report(f"{type(data).__name__} can't be an output; PipelineData can", step)
+                continue
+            port = f"output {data.output_name!r}"
+            makers = [item for item in data.producers if id(item) in self._ids]
+            if len(makers) > 1 and makers[0] is step:
+                names = " and ".join(repr(item.name) for item in makers)
+                self._report(
+                    f"steps {names} both make it; give each its own PipelineData", step, port
+                )
+            if data.output_name in outputs:
+                self._report("is the name of two outputs; rename one with output_name=", step, port)
+            if data.output_path_on_compute is not None:
+                self._report(
+                    "output_path_on_compute is not supported: pass the PipelineData as an argument, and "
+                    "write to the path that the program gets",
+                    step,
+                    port,
+                )
+            outputs[data.output_name] = OutputSpec(
+                name=data.output_name,
+                datastore=self._find_datastore(
+                    data.datastore or self._pipeline.default_datastore, step, port
+                ),
+                is_directory=data.is_directory,
+                mode=data.output_mode,
+                data_type=data.data_type,
+                pipeline_output_name=data.pipeline_output_name,
+            )
+        return list(outputs.values())
+
+    # ---- arguments and parameters ----------------------------------------------------------
+
+    def _build_arguments(
+        self, step: PipelineStep, arguments: Iterable[Any], ports: _Ports
+    ) -> tuple[Argument, ...]:
+        return tuple(self._build_argument(step, argument, ports) for argument in arguments)
+
+    def _build_argument(self, step: PipelineStep, argument: Any, ports: _Ports) -> Argument:
+        if isinstance(argument, str):
+            if "PipelineParameter(" in argument:
+                self._report(
+                    f"{argument!r} holds a PipelineParameter as text; pass the parameter as an argument "
+                    "of its own",
+                    step,
+                    "arguments",
+                )
+            return ports.split(argument)
+        if isinstance(argument, (bool, int, float, Path)):
+            return (LiteralPart(text=str(argument)),)
+        if isinstance(argument, PipelineParameter):
+            return (self._use_parameter(step, argument),)
+        part = ports.find(argument)
+        if part is not None:
+            return (part,)
+        if not isinstance(argument, (DataReference, PipelineData, InputBinding)):
+            self._report(
+                f"{argument!r} of type {type(argument).__name__} can't be rendered; arguments are text, "
+                "numbers, data handles and PipelineParameters",
+                step,
+                "arguments",
+            )
+        return (LiteralPart(text=str(argument)),)
+
+    def _use_parameter(self, step: PipelineStep, parameter: PipelineParameter) -> ParameterRef:
+        known = self._parameters.setdefault(parameter.name, parameter.spec)
+        if known != parameter.spec:
+            self._report(
+                "is defined in two ways; use one PipelineParameter object in all steps",
+                step,
+                f"parameter {parameter.name!r}",
+            )
+        return parameter.ref
+
+    def _build_params(self, step: PipelineStep) -> dict[str, ParameterValue | ParameterRef]:
+        params: dict[str, ParameterValue | ParameterRef] = {}
+        for name, value in step.params.items():
+            if isinstance(value, PipelineParameter):
+                params[name] = self._use_parameter(step, value)
+            elif isinstance(value, (str, int, float, bool)):
+                params[name] = value
+            else:
+                self._report(
+                    f"is of type {type(value).__name__}; it can be text, a number, a bool or a "
+                    "PipelineParameter",
+                    step,
+                    f"param {name!r}",
+                )
+        return params
+
+
+class _Ports:
+    """The names under which a step's program knows its data."""
+
+    def __init__(self, step: PipelineStep, inputs: dict[int, InputSpec]) -> None:
+        self._parts: dict[int, ArgumentPart] = {
+            id(data): OutputPart(name=data.output_name)
+            for data in step.outputs
+            if isinstance(data, PipelineData)
+        }
+        self._parts |= {key: InputPart(name=spec.name) for key, spec in inputs.items()}
+        self._tokens: dict[str, ArgumentPart] = {
+            data.name: OutputPart(name=data.output_name)
+            for data in step.outputs
+            if isinstance(data, PipelineData)
+        }
+        self._tokens |= {spec.name: InputPart(name=spec.name) for spec in inputs.values()}
+
+    def find(self, handle: Handle) -> ArgumentPart | None:
+        """Return the part that stands for a handle, or None if the step has no such port."""
+        return self._parts.get(id(handle))
+
+    def split(self, text: str) -> Argument:
+        """Return text as parts: handles' tokens in it stand for paths."""
+        if TOKEN_PREFIX not in text:
+            return (LiteralPart(text=text),)
+        parts: list[ArgumentPart] = []
+        position = 0
+        for match in _TOKEN.finditer(text):
+            name = self._longest(match[1])
+            if name is None:
+                continue
+            if match.start() > position:
+                parts.append(LiteralPart(text=text[position : match.start()]))
+            parts.append(self._tokens[name])
+            position = match.start(1) + len(name)
+        if position < len(text):
+            parts.append(LiteralPart(text=text[position:]))
+        return tuple(parts)
+
+    def _longest(self, word: str) -> str | None:
+        """Return the longest port name that ``word`` begins with: text may go on after a token."""
+        known = [name for name in self._tokens if word.startswith(name)]
+        return max(known, key=len, default=None)
+
+
+def make_step_ids(steps: Sequence[PipelineStep]) -> list[str]:
+    """Return a task id for each step: its name without ``.py``, made safe and unique."""
+    wanted = [make_identifier(str(step.name).removesuffix(".py")) for step in steps]
+    return make_unique(f"{name}_step" if name in RESERVED_IDS else name for name in wanted)

@@ -1,0 +1,142 @@
+"""What can be wrong with a graph that is well formed."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from airflow_mlpipelines._naming import make_identifier, suggest
+from airflow_mlpipelines.definition.graph import REGENERATE_OUTPUTS, LocalComputeSpec
+from airflow_mlpipelines.exceptions import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from airflow_mlpipelines.definition.graph import ComputeSpec, PipelineGraph, StepSpec
+
+_MAX_ID = 200
+
+
+def check_graph(graph: PipelineGraph) -> list[Problem]:
+    """Return all problems of a graph, in the order of its steps."""
+    problems = list(_check_names(graph))
+    known: dict[Path, bool] = {}
+    for step in graph.steps:
+        problems += _check_code(graph, step, known)
+        problems += _check_compute(step, graph.computes[step.compute])
+        problems += _check_numbers(step)
+        problems += _check_ignore(step)
+    return problems
+
+
+def _check_names(graph: PipelineGraph) -> Iterator[Problem]:
+    if make_identifier(graph.name) != graph.name or len(graph.name) > _MAX_ID:
+        yield Problem(
+            f"the pipeline's name {graph.name!r} can't be a DAG id: letters, digits, '_', '-' and '.' can, "
+            f"up to {_MAX_ID} of them. How about {make_identifier(graph.name)[:_MAX_ID]!r}?"
+        )
+    if any(parameter.name == REGENERATE_OUTPUTS for parameter in graph.parameters):
+        yield Problem(
+            f"{REGENERATE_OUTPUTS!r} is a parameter that every pipeline has; rename yours",
+            port=f"parameter {REGENERATE_OUTPUTS!r}",
+        )
+    offered: dict[str, str] = {}
+    for step in graph.steps:
+        for output in step.outputs:
+            name = output.pipeline_output_name
+            if name is None:
+                continue
+            if name in offered:
+                yield Problem(
+                    f"pipeline_output_name {name!r} is that of step {offered[name]!r} already",
+                    step=step.name,
+                    port=f"output {output.name!r}",
+                )
+            offered[name] = step.name
+
+
+def _check_code(graph: PipelineGraph, step: StepSpec, known: dict[Path, bool]) -> Iterator[Problem]:
+    if step.source_directory is None:
+        return
+    directory = Path(graph.root, step.source_directory)
+    if not _is_there(directory, known):
+        yield Problem(
+            f"source_directory {step.source_directory!r} is not there; it is looked for from {graph.root}",
+            step=step.name,
+        )
+        return
+    if step.script is None:
+        return
+    if ".." in PurePosixPath(step.script).parts or PurePosixPath(step.script).is_absolute():
+        yield Problem(
+            f"script {step.script!r} has to be inside source_directory {step.source_directory!r}",
+            step=step.name,
+        )
+    elif not _is_there(directory / step.script, known):
+        others = [file.name for file in directory.glob("*.py")]
+        yield Problem(
+            f"script {step.script!r} is not in source_directory {step.source_directory!r}."
+            f"{suggest(step.script, others)}",
+            step=step.name,
+        )
+
+
+def _is_there(path: Path, known: dict[Path, bool]) -> bool:
+    if path not in known:
+        known[path] = path.exists()
+    return known[path]
+
+
+def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
+    asked = step.resources
+    if isinstance(compute, LocalComputeSpec):
+        if asked.gpus:
+            yield Problem(
+                f"asks for {asked.gpus} GPUs, but compute {compute.name!r} is local and hands out none. A "
+                "local process sees the machine's GPUs without asking; use a Docker or Kubernetes compute "
+                "to be given some.",
+                step=step.name,
+            )
+        return
+    image = step.environment is not None and (
+        step.environment.image is not None or step.environment.dockerfile is not None
+    )
+    if not image and compute.image is None:
+        yield Problem(
+            f"runs on compute {compute.name!r} ({compute.type}), which needs an image: give the step an "
+            "Environment with one, or the compute an image of its own",
+            step=step.name,
+        )
+    if asked.gpus and asked.gpus > (compute.gpus or 0):
+        has = f"only {compute.gpus}" if compute.gpus else "none"
+        yield Problem(
+            f"asks for {asked.gpus} GPUs, but compute {compute.name!r} has {has} (its 'gpus')",
+            step=step.name,
+        )
+    for what in ("cpus", "memory", "shm_size"):
+        wanted, limit = getattr(asked, what), getattr(compute, what)
+        if wanted is not None and limit is not None and wanted > limit:
+            yield Problem(
+                f"asks for {what} {wanted}, but compute {compute.name!r} has {limit}",
+                step=step.name,
+            )
+
+
+def _check_numbers(step: StepSpec) -> Iterator[Problem]:
+    if step.retries is not None and step.retries < 0:
+        yield Problem(f"retries is {step.retries}; it has to be 0 or more", step=step.name)
+    for what in ("timeout", "retry_delay"):
+        seconds = getattr(step, f"{what}_seconds")
+        if seconds is not None and seconds <= 0:
+            yield Problem(f"{what} is {seconds}; it has to be more than 0 seconds", step=step.name)
+
+
+def _check_ignore(step: StepSpec) -> Iterator[Problem]:
+    known = {*step.params, *step.parameter_names}
+    for name in step.ignore:
+        if name not in known:
+            yield Problem(
+                f"ignore names {name!r}, which is neither a param nor a parameter that the step uses."
+                f"{suggest(name, known)}",
+                step=step.name,
+            )

@@ -1,0 +1,135 @@
+"""Compute targets: where steps run. Launching is another matter (:mod:`airflow_mlpipelines.compute`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from airflow_mlpipelines._naming import list_options, suggest
+from airflow_mlpipelines.definition.graph import (
+    ComputeSpec,
+    DockerComputeSpec,
+    KubernetesComputeSpec,
+    LocalComputeSpec,
+)
+from airflow_mlpipelines.definition.resources import parse_size
+from airflow_mlpipelines.exceptions import DefinitionError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_SIZES = ("memory", "shm_size", "ephemeral_storage")
+_ADAPTER: TypeAdapter[ComputeSpec] = TypeAdapter(ComputeSpec)
+_SPECS: dict[str, type[Any]] = {
+    "local": LocalComputeSpec,
+    "docker": DockerComputeSpec,
+    "kubernetes": KubernetesComputeSpec,
+}
+
+
+class ComputeTarget:
+    """A named place where steps run. Make one of its subclasses, or name one of the workspace's."""
+
+    type: str = ""
+
+    def __init__(self, name: str, **fields: Any) -> None:
+        self.spec = make_compute_spec(name, {"type": self.type, **fields})
+
+    @property
+    def name(self) -> str:
+        """Its name in the workspace."""
+        return self.spec.name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+
+class LocalCompute(ComputeTarget):
+    """Processes on the machine of the Airflow worker.
+
+    Args:
+        name: Its name.
+        max_nodes: How many steps may run on it at once, over all pipelines.
+    """
+
+    type = "local"
+
+    def __init__(self, name: str = "local", *, max_nodes: int | None = None) -> None:
+        super().__init__(name, max_nodes=max_nodes)
+
+
+class DockerCompute(ComputeTarget):
+    """Containers of a Docker daemon.
+
+    Args:
+        name: Its name.
+        fields: As :class:`~airflow_mlpipelines.definition.graph.DockerComputeSpec` has them: ``image``,
+            ``docker_url``, ``conn_id``, ``cpus``, ``memory``, ``gpus``, ``shm_size``, ``user``,
+            ``network_mode``, ``extra_hosts``, ``max_nodes``. Sizes are bytes, or such as ``8G``.
+
+    Raises:
+        DefinitionError: A field is unknown or of the wrong type.
+    """
+
+    type = "docker"
+
+
+class KubernetesCompute(ComputeTarget):
+    """Pods of a Kubernetes cluster.
+
+    Args:
+        name: Its name.
+        fields: As :class:`~airflow_mlpipelines.definition.graph.KubernetesComputeSpec` has them:
+            ``namespace``, ``image``, ``gpus``, ``gpu_resource``, ``node_selector`` and so on.
+
+    Raises:
+        DefinitionError: A field is unknown or of the wrong type.
+    """
+
+    type = "kubernetes"
+
+
+_TARGETS: dict[str, type[ComputeTarget]] = {
+    "local": LocalCompute,
+    "docker": DockerCompute,
+    "kubernetes": KubernetesCompute,
+}
+
+
+def make_compute_spec(name: str, fields: Mapping[str, Any]) -> ComputeSpec:
+    """Return the checked form of a compute's definition.
+
+    Raises:
+        DefinitionError: The type or a field is unknown, or a value is of the wrong type.
+    """
+    where = f"compute {name!r}"
+    kind = fields.get("type")
+    if kind not in _SPECS:
+        raise DefinitionError(
+            f"{where}: type is {kind!r}; it can be {list_options(_SPECS)}.{suggest(str(kind), _SPECS)}"
+        )
+    known = _SPECS[kind].model_fields.keys() - {"name"}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise DefinitionError(
+            f"{where}: there is no field {unknown[0]!r} of a {kind} compute, which has "
+            f"{list_options(known)}.{suggest(unknown[0], known)}"
+        )
+    values = dict(fields)
+    for size in _SIZES:
+        if size in values:
+            values[size] = parse_size(f"{where}: {size}", values[size])
+    try:
+        return _ADAPTER.validate_python({**values, "name": name})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:])
+        raise DefinitionError(f"{where}: {field}: {first['msg']}") from error
+
+
+def wrap_compute_spec(spec: ComputeSpec) -> ComputeTarget:
+    """Return the authoring object of a compute's definition."""
+    target = object.__new__(_TARGETS[spec.type])
+    target.spec = spec
+    return target

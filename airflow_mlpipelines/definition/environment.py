@@ -1,0 +1,128 @@
+"""Environments: the software that a step runs on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airflow_mlpipelines._digest import digest
+from airflow_mlpipelines.definition.graph import EnvironmentSpec
+from airflow_mlpipelines.exceptions import DefinitionError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class Environment:
+    """An image, or packages, or both.
+
+    Args:
+        name: A name for people; it does not count in the digest.
+        image: A container image. Its digest counts, not its tag.
+        dockerfile: The text of a Dockerfile, or a :class:`~pathlib.Path` to one.
+        python_version: Such as ``3.12``.
+        pip: Requirement lines, in pip's own form.
+        conda: The content of a conda environment file, or a :class:`~pathlib.Path` to one.
+        environment_variables: Set for the step's process.
+
+    Raises:
+        DefinitionError: A file is not there, or an image and a Dockerfile are both given.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        image: str | None = None,
+        dockerfile: str | Path | None = None,
+        python_version: str | None = None,
+        pip: Sequence[str] = (),
+        conda: Mapping[str, Any] | Path | None = None,
+        environment_variables: Mapping[str, str] | None = None,
+    ) -> None:
+        where = f"environment {name!r}" if name else "environment"
+        if image is not None and dockerfile is not None:
+            raise DefinitionError(
+                f"{where}: give an image or a Dockerfile, not both; a Dockerfile names its base itself."
+            )
+        if isinstance(pip, str):
+            raise DefinitionError(f"{where}: pip takes a list of requirement lines, not one text")
+        if isinstance(dockerfile, Path):
+            dockerfile = _read(where, dockerfile)
+        if isinstance(conda, Path):
+            conda = _read_yaml(where, conda)
+        self.spec = EnvironmentSpec(
+            name=name,
+            image=image,
+            dockerfile=dockerfile,
+            python_version=python_version,
+            pip=tuple(pip),
+            conda=dict(conda) if conda is not None else None,
+            environment_variables=dict(environment_variables or {}),
+        )
+
+    @classmethod
+    def from_pip_requirements(cls, name: str, file_path: str | Path) -> Environment:
+        """Return an environment of the requirements in a file; empty lines and comments are left out.
+
+        Raises:
+            DefinitionError: The file is not there.
+        """
+        text = _read(f"environment {name!r}", Path(file_path))
+        lines = [line.split(" #")[0].strip() for line in text.splitlines()]
+        return cls(name, pip=[line for line in lines if line and not line.startswith("#")])
+
+    @classmethod
+    def from_conda_specification(cls, name: str, file_path: str | Path) -> Environment:
+        """Return an environment of a conda file.
+
+        Raises:
+            DefinitionError: The file is not there or is no conda file.
+        """
+        return cls(name, conda=Path(file_path))
+
+    @classmethod
+    def from_docker_image(cls, name: str, image: str) -> Environment:
+        """Return an environment that is an image."""
+        return cls(name, image=image)
+
+    @classmethod
+    def from_dockerfile(cls, name: str, dockerfile: str | Path) -> Environment:
+        """Return an environment whose image is built from a Dockerfile.
+
+        Raises:
+            DefinitionError: The file is not there.
+        """
+        return cls(name, dockerfile=dockerfile)
+
+    @property
+    def name(self) -> str | None:
+        """The name for people."""
+        return self.spec.name
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits over all but the name."""
+        return digest("environment-spec-v1", self.spec.model_dump(mode="json", exclude={"name"}))
+
+    def __repr__(self) -> str:
+        return f"Environment({self.name!r})"
+
+
+def _read(where: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DefinitionError(f"{where}: {path} can't be read: {error.strerror}") from error
+
+
+def _read_yaml(where: str, path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(_read(where, path))
+    except yaml.YAMLError as error:
+        raise DefinitionError(f"{where}: {path} is no YAML: {error}") from error
+    if not isinstance(content, dict) or "dependencies" not in content:
+        raise DefinitionError(f"{where}: {path} is no conda file: it has no 'dependencies'")
+    return content
