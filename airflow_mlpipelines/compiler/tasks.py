@@ -43,11 +43,14 @@ def plan_tasks(graph: PipelineGraph, *, wait_for_inputs: bool = False) -> tuple[
     task but the first has the trigger rule ``none_failed``: a reused step is skipped, and nothing
     after it may be.
     """
-    has_downstream = {upstream for step in graph.steps for upstream in step.upstream}
+    upstream = {step.id: step.upstream for step in graph.steps}
+    has_downstream = frozenset().union(*upstream.values())
     leaves = tuple(step.id for step in graph.steps if step.id not in has_downstream)
     sensing: dict[str, Any] = {"wait_for_inputs": True} if wait_for_inputs else {}
     tasks = [TaskPlan(CACHE_SENSOR, CACHE_SENSOR_OPERATOR, (), None, sensing)]
-    tasks += [_plan_step(step, graph.computes[step.compute]) for step in graph.steps]
+    tasks += [
+        _plan_step(step, upstream[step.id], graph.computes[step.compute]) for step in graph.steps
+    ]
     tasks.append(
         TaskPlan(FINISH, FINISH_OPERATOR, leaves or (CACHE_SENSOR,), None, dict(_AFTER_STEPS))
     )
@@ -57,7 +60,7 @@ def plan_tasks(graph: PipelineGraph, *, wait_for_inputs: bool = False) -> tuple[
 _AFTER_STEPS = {"trigger_rule": "none_failed"}
 
 
-def _plan_step(step: StepSpec, compute: ComputeSpec) -> TaskPlan:
+def _plan_step(step: StepSpec, upstream: frozenset[str], compute: ComputeSpec) -> TaskPlan:
     arguments: dict[str, Any] = dict(_AFTER_STEPS)
     if step.name != step.id:
         arguments["task_display_name"] = step.name
@@ -67,8 +70,8 @@ def _plan_step(step: StepSpec, compute: ComputeSpec) -> TaskPlan:
         arguments["retry_delay"] = step.retry_delay_seconds
     if compute.max_nodes is not None:
         arguments["pool"] = pool_name(compute.name)
-    upstream = tuple(sorted(step.upstream)) or (CACHE_SENSOR,)
-    return TaskPlan(step.id, step.operator, upstream, step, arguments)
+    before = tuple(sorted(upstream)) or (CACHE_SENSOR,)
+    return TaskPlan(step.id, step.operator, before, step, arguments)
 
 
 def pool_name(compute: str) -> str:

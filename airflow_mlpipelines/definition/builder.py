@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ RESERVED_IDS = frozenset({"cache_sensor", "finish"})
 """Ids of the tasks that stand around a pipeline's steps."""
 _TOKEN = re.compile(re.escape(TOKEN_PREFIX) + r"(\w+)")
 _MAX_NAME = 200
+_NO_RESOURCES = ResourcesSpec()
 
 
 def build_graph(pipeline: Pipeline) -> tuple[PipelineGraph | None, list[Problem]]:
@@ -81,6 +83,7 @@ class _Builder:
         self._datastores: dict[str, DatastoreSpec] = {}
         self._computes: dict[str, ComputeSpec] = {}
         self._parameters: dict[str, ParameterSpec] = {}
+        self._directories: dict[str | Path, str] = {}
         self._default_store = self._find_datastore(pipeline.default_datastore, None, None)
 
     def build(self) -> tuple[PipelineGraph, list[Problem]]:
@@ -129,7 +132,7 @@ class _Builder:
             secrets=step.secrets,
             compute=self._find_compute(step),
             environment=self._find_environment(step),
-            resources=step.resources.spec if step.resources is not None else ResourcesSpec(),
+            resources=step.resources.spec if step.resources is not None else _NO_RESOURCES,
             allow_reuse=step.allow_reuse,
             version=step.version,
             code=step.code,
@@ -150,12 +153,9 @@ class _Builder:
             chosen = self._pipeline.default_source_directory or "."
         if chosen is None:
             return None
-        root = self._pipeline.root
-        directory = (root / Path(chosen).expanduser()).resolve()
-        try:
-            return directory.relative_to(root).as_posix()
-        except ValueError:
-            return str(directory)
+        if chosen not in self._directories:
+            self._directories[chosen] = _relative_to(self._pipeline.root, Path(chosen))
+        return self._directories[chosen]
 
     def _find_compute(self, step: PipelineStep) -> str:
         targets = self._pipeline.workspace.compute_targets
@@ -405,18 +405,18 @@ class _Ports:
     """The names under which a step's program knows its data."""
 
     def __init__(self, step: PipelineStep, inputs: dict[int, InputSpec]) -> None:
+        self._outputs = {id(data): data for data in step.outputs if isinstance(data, PipelineData)}
         self._parts: dict[int, ArgumentPart] = {
-            id(data): OutputPart(name=data.output_name)
-            for data in step.outputs
-            if isinstance(data, PipelineData)
+            key: OutputPart(name=data.output_name) for key, data in self._outputs.items()
         }
         self._parts |= {key: InputPart(name=spec.name) for key, spec in inputs.items()}
-        self._tokens: dict[str, ArgumentPart] = {
-            data.name: OutputPart(name=data.output_name)
-            for data in step.outputs
-            if isinstance(data, PipelineData)
-        }
-        self._tokens |= {spec.name: InputPart(name=spec.name) for spec in inputs.values()}
+        self._inputs = inputs
+
+    @cached_property
+    def _tokens(self) -> dict[str, ArgumentPart]:
+        """The parts by the names that stand in tokens."""
+        tokens = {data.name: self._parts[key] for key, data in self._outputs.items()}
+        return tokens | {spec.name: self._parts[key] for key, spec in self._inputs.items()}
 
     def find(self, handle: Handle) -> ArgumentPart | None:
         """Return the part that stands for a handle, or None if the step has no such port."""
@@ -444,6 +444,15 @@ class _Ports:
         """Return the longest port name that ``word`` begins with: text may go on after a token."""
         known = [name for name in self._tokens if word.startswith(name)]
         return max(known, key=len, default=None)
+
+
+def _relative_to(root: Path, chosen: Path) -> str:
+    """Return a directory relative to the root where it lies inside, else absolute."""
+    directory = (root / chosen.expanduser()).resolve()
+    try:
+        return directory.relative_to(root).as_posix()
+    except ValueError:
+        return str(directory)
 
 
 def make_step_ids(steps: Sequence[PipelineStep]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,13 @@ _MAX_ID = 200
 def check_graph(graph: PipelineGraph) -> list[Problem]:
     """Return all problems of a graph, in the order of its steps."""
     problems = list(_check_names(graph))
-    known: dict[Path, bool] = {}
+    checked: dict[tuple[str, str | None], list[Problem]] = {}
     for step in graph.steps:
-        problems += _check_code(graph, step, known)
+        if step.source_directory is not None:
+            place = (step.source_directory, step.script)
+            if place not in checked:
+                checked[place] = list(_check_code(graph.root, *place))
+            problems += [replace(problem, step=step.name) for problem in checked[place]]
         problems += _check_compute(step, graph.computes[step.compute])
         problems += _check_numbers(step)
         problems += _check_ignore(step)
@@ -55,36 +60,22 @@ def _check_names(graph: PipelineGraph) -> Iterator[Problem]:
             offered[name] = step.name
 
 
-def _check_code(graph: PipelineGraph, step: StepSpec, known: dict[Path, bool]) -> Iterator[Problem]:
-    if step.source_directory is None:
-        return
-    directory = Path(graph.root, step.source_directory)
-    if not _is_there(directory, known):
+def _check_code(root: str, source_directory: str, script: str | None) -> Iterator[Problem]:
+    directory = Path(root, source_directory)
+    if not directory.is_dir():
         yield Problem(
-            f"source_directory {step.source_directory!r} is not there; it is looked for from {graph.root}",
-            step=step.name,
+            f"source_directory {source_directory!r} is not there; it is looked for from {root}"
         )
+    elif script is None:
         return
-    if step.script is None:
-        return
-    if ".." in PurePosixPath(step.script).parts or PurePosixPath(step.script).is_absolute():
-        yield Problem(
-            f"script {step.script!r} has to be inside source_directory {step.source_directory!r}",
-            step=step.name,
-        )
-    elif not _is_there(directory / step.script, known):
+    elif ".." in PurePosixPath(script).parts or PurePosixPath(script).is_absolute():
+        yield Problem(f"script {script!r} has to be inside source_directory {source_directory!r}")
+    elif not (directory / script).is_file():
         others = [file.name for file in directory.glob("*.py")]
         yield Problem(
-            f"script {step.script!r} is not in source_directory {step.source_directory!r}."
-            f"{suggest(step.script, others)}",
-            step=step.name,
+            f"script {script!r} is not in source_directory {source_directory!r}."
+            f"{suggest(script, others)}"
         )
-
-
-def _is_there(path: Path, known: dict[Path, bool]) -> bool:
-    if path not in known:
-        known[path] = path.exists()
-    return known[path]
 
 
 def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
@@ -132,6 +123,8 @@ def _check_numbers(step: StepSpec) -> Iterator[Problem]:
 
 
 def _check_ignore(step: StepSpec) -> Iterator[Problem]:
+    if not step.ignore:
+        return
     known = {*step.params, *step.parameter_names}
     for name in step.ignore:
         if name not in known:
