@@ -177,6 +177,13 @@ def test_the_row_of_data_is_a_reference(key: str, media_type: str, handed: Hande
     assert Path(artifact.uri.removeprefix("file://")).stat().st_size == artifact.size
 
 
+def test_data_within_a_value_is_a_reference_too(handed: Handed) -> None:
+    row = handed.rows["nested frames"]
+    (in_a_tuple,) = row["more"]
+    frame = handed.rows["frame"]
+    assert (row["train"], in_a_tuple["__data__"]) == (frame, [frame, 1])
+
+
 def test_artifacts_are_shown_and_pulled_in_their_tagged_form(run_dag: RunDag) -> None:
     given = {"one": ARTIFACT, "many": {"model": ARTIFACT, "plots": [ARTIFACT, None]}}
     handed = hand_over(run_dag, "xcom_artifacts", given)
@@ -318,6 +325,16 @@ def test_no_pickle_is_read_where_no_tasks_run(
         assert ti.xcom_pull(task_ids="push", key="model") == {1: 1j}
 
     run_tasks(run_dag, f"xcom_shared_{component}", push, pull)
+
+
+def test_no_pickle_is_written_where_there_is_no_task(
+    airflow_db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from airflow_mlpipelines.xcom import DataReferenceXComBackend as Backend
+
+    monkeypatch.setenv("MLPIPELINES_ALLOW_PICKLE", "1")
+    with pytest.raises(DataError, match="can't be handed on"):
+        Backend.serialize_value({1: 1j})
 
 
 def test_a_reference_whose_data_is_gone_is_an_error_and_no_path(run_dag: RunDag) -> None:

@@ -326,9 +326,9 @@ def test_data_that_is_gone_is_an_error_and_not_a_path(stores: StoreSet, tmp_path
 
 def test_data_that_was_changed_is_not_decoded(stores: StoreSet, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
-    artifact = write_object({1: 2}, stores.default, allow_pickle=True)
+    artifact = write_object({1: "x" * 1000}, stores.default, allow_pickle=True)
     (path,) = (tmp_path / "main" / "objects").rglob("*.pickle")
-    path.write_bytes(pickle.dumps(Bomb(trace)))
+    path.write_bytes(pickle.dumps(Bomb(trace)).ljust(artifact.size, b"\0"))
     with pytest.raises(DataError, match="was changed after it was written"):
         read_object(artifact, stores, allow_pickle=True)
     assert not trace.exists()
