@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlpipelines.caching.decision import MissReason
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from airflow_mlpipelines.caching.index import MetadataIndex, StepRunRecord
+
+    Ingredients = Mapping[str, Any]
 
 _SHOWN_CHARACTERS = 40
 _SHOWN_DIFFERENCES = 10
@@ -21,6 +27,45 @@ _STEP_WORDS = {
     "config": "configuration",
 }
 _MAPPINGS = {"params": "param", "environment_variables": "environment variable"}
+
+
+def explain_miss(index: MetadataIndex, pipeline: str, step: str, ingredients: Ingredients) -> str:
+    """Return why a step with these ingredients is not reused, against its nearest earlier run.
+
+    Raises:
+        CacheError: The index can't be asked.
+    """
+    runs = index.find_earlier_runs(pipeline, [step]).get(step, [])
+    nearest = find_nearest(ingredients, runs)
+    wanted = content_digests(ingredients)
+    if nearest is not None and nearest.ingredients is not None:
+        wanted |= content_digests(nearest.ingredients)
+    return describe_change(nearest, ingredients, index.get_contents(wanted))[1]
+
+
+def describe_change(
+    earlier: StepRunRecord | None, ingredients: Ingredients, contents: Mapping[str, Any]
+) -> tuple[MissReason, str]:
+    """Return why a step with these ingredients was not found, as a kind and in words."""
+    if earlier is None or earlier.ingredients is None:
+        return MissReason.NEVER_RUN, "it never ran before"
+    phrases = find_differences(earlier.ingredients, ingredients, contents)
+    if not phrases:  # it ran, but left no entry: reuse was off, or its entry is gone
+        return MissReason.CHANGED, "its earlier outputs are not remembered"
+    return MissReason.CHANGED, join_differences(phrases)
+
+
+def find_nearest(ingredients: Ingredients, runs: Sequence[StepRunRecord]) -> StepRunRecord | None:
+    """Return the run that shares the most ingredients; of equals, the first."""
+    known = [run for run in runs if run.ingredients is not None]
+    return max(
+        known, key=lambda run: count_common(run.ingredients or {}, ingredients), default=None
+    )
+
+
+def content_digests(ingredients: Ingredients) -> set[str]:
+    """Return the digests in a fingerprint's ingredients whose contents the index keeps."""
+    return {ingredients[group] for group in ("code", "environment") if ingredients.get(group)}
 
 
 def find_differences(

@@ -40,12 +40,13 @@ def step_fingerprint(
     environment: str,
     parameters: Mapping[str, ParameterValue],
     inputs: Mapping[str, str | None],
+    destinations: Mapping[str, str],
 ) -> Fingerprint:
     """Return the fingerprint under which the outputs of ``step`` are remembered.
 
     Two calls give the same one exactly when the program, its code, its environment, its arguments, the
     values of the parameters it uses and the content of its inputs are the same. Neither the step's
-    name counts, nor its compute, resources or retries, nor the values of secrets, nor where data are.
+    name counts, nor its compute, resources or retries, nor the values of secrets, nor where inputs are.
 
     Args:
         step: The step.
@@ -53,6 +54,8 @@ def step_fingerprint(
         environment: The digest of its environment.
         parameters: The run's parameters; only those that the step uses are looked at.
         inputs: Each input's digest; None for external data that is not there.
+        destinations: Each datastore's URL. Where outputs go counts: workspaces that share an index, but
+            no datastore, keep entries of their own.
 
     Raises:
         KeyError: A parameter or an input of the step is missing.
@@ -74,7 +77,10 @@ def step_fingerprint(
             "arguments": [_describe(argument) for argument in step.arguments],
             "params": params,
             "bound_params": bound,
-            "outputs": {item.name: item.is_directory for item in step.outputs},
+            "outputs": {
+                item.name: [destinations[item.datastore], item.is_directory]
+                for item in step.outputs
+            },
             "environment_variables": step.environment_variables,
             "secrets": sorted(step.secrets),
             "version": step.version,

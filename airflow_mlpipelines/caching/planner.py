@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines.caching.decision import Decision, MissReason, RunPlan, StepDecision
-from airflow_mlpipelines.caching.explain import count_common, find_differences, join_differences
+from airflow_mlpipelines.caching.explain import content_digests, describe_change, find_nearest
 from airflow_mlpipelines.caching.fingerprint import Fingerprint, step_fingerprint
 from airflow_mlpipelines.definition.graph import ExternalDataSpec, StepOutputRef
 from airflow_mlpipelines.storage.artifact import Artifact
@@ -89,6 +89,7 @@ class _Waves:
         self._verify = verify
         self._decisions: dict[str, StepDecision] = {}
         self._fingerprints: dict[str, Fingerprint] = {}
+        self._destinations = {name: spec.url for name, spec in request.graph.datastores.items()}
 
     def decide(self) -> dict[str, StepDecision]:
         """Return every step's decision."""
@@ -154,6 +155,7 @@ class _Waves:
             environment=request.environments[step.id].digest,
             parameters=request.parameters,
             inputs={item.name: self._input_digest(item) for item in step.inputs},
+            destinations=self._destinations,
         )
 
     def _input_digest(self, item: InputSpec) -> str | None:
@@ -179,29 +181,13 @@ class _Waves:
         }
         contents = self._contents_of([run for run in nearest.values() if run is not None])
         for name in changed:
-            run, decision = nearest[name], self._decisions[name]
-            reason, miss = "it never ran before", MissReason.NEVER_RUN
-            if run is not None and run.ingredients is not None:
-                phrases = find_differences(
-                    run.ingredients, self._fingerprints[name].ingredients, contents
-                )
-                reason, miss = join_differences(phrases), MissReason.CHANGED
-                if not phrases:  # it ran, but left no entry: its commit was lost
-                    reason = "its earlier outputs are not remembered"
-            self._decisions[name] = StepDecision(
-                Decision.RUN, reason, miss, fingerprint=decision.fingerprint
+            miss, reason = describe_change(
+                nearest[name], self._fingerprints[name].ingredients, contents
             )
+            self._decisions[name] = replace(self._decisions[name], reason=reason, miss=miss)
 
     def _contents_of(self, runs: list[StepRunRecord]) -> dict[str, object]:
-        wanted = {
-            digest
-            for run in runs
-            for digest in (
-                (run.ingredients or {}).get("code"),
-                (run.ingredients or {}).get("environment"),
-            )
-            if digest
-        }
+        wanted = {digest for run in runs for digest in content_digests(run.ingredients or {})}
         wanted |= {item.digest for item in self._request.environments.values()}
         contents: dict[str, object] = dict(self._index.get_contents(wanted))
         contents |= {
@@ -235,16 +221,6 @@ def _decide(
         outputs=entry.outputs,
         step_run=entry.step_run,
         seconds_saved=entry.seconds,
-    )
-
-
-def find_nearest(
-    ingredients: Mapping[str, object], runs: Sequence[StepRunRecord]
-) -> StepRunRecord | None:
-    """Return the run that shares the most ingredients; of equals, the first."""
-    known = [run for run in runs if run.ingredients is not None]
-    return max(
-        known, key=lambda run: count_common(run.ingredients or {}, ingredients), default=None
     )
 
 

@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from airflow_mlpipelines.caching.decision import MissReason
+from airflow_mlpipelines.caching.decision import Decision, MissReason
+from airflow_mlpipelines.caching.explain import explain_miss
 from airflow_mlpipelines.caching.fingerprint import step_fingerprint
-from airflow_mlpipelines.caching.index import CacheEntry
+from airflow_mlpipelines.caching.index import CacheEntry, StepRunRecord
 from airflow_mlpipelines.compute.base import StepLaunch
 from airflow_mlpipelines.definition.graph import ParameterRef
 from airflow_mlpipelines.exceptions import DataError, StepFailedError
@@ -132,6 +133,8 @@ class StepRunner:
     def run(self) -> StepResult:
         """Return the step's outputs, reused if somebody has made them, else made now and committed.
 
+        What happened is recorded in the index, also if it failed.
+
         Raises:
             LeaseHeldError: Somebody else is making the same outputs right now.
             StepFailedError: The program failed.
@@ -139,6 +142,25 @@ class StepRunner:
         """
         started = time.monotonic()
         fingerprint = self._fingerprint()
+        try:
+            result = self._reuse_or_make(fingerprint, started)
+        except (StepFailedError, DataError) as error:
+            first_line = str(error).partition("\n")[0]
+            seconds = time.monotonic() - started
+            self._record(fingerprint, state="failed", reason=first_line, seconds=seconds)
+            raise
+        self._record(
+            fingerprint,
+            state=result.state,
+            reason=result.reason,
+            seconds=result.seconds,
+            seconds_saved=result.seconds_saved,
+            outputs=result.outputs,
+            metrics=result.metrics,
+        )
+        return result
+
+    def _reuse_or_make(self, fingerprint: Fingerprint | None, started: float) -> StepResult:
         with ExitStack() as stack:
             if fingerprint is not None:
                 found = self._look_up(fingerprint.digest, started)
@@ -152,6 +174,24 @@ class StepRunner:
                 if found is not None:
                     return found
             return self._make(fingerprint, started)
+
+    def _record(self, fingerprint: Fingerprint | None, *, state: str, **facts: Any) -> None:
+        identity = self._identity
+        record = StepRunRecord(
+            dag_id=identity.dag_id,
+            run_id=identity.run_id,
+            task_id=identity.task_id,
+            map_index=identity.map_index,
+            try_number=identity.try_number,
+            pipeline=self._graph.name,
+            step=self._step.id,
+            step_run=identity.step_run_id,
+            state=state,
+            fingerprint=fingerprint.digest if fingerprint is not None else None,
+            ingredients=fingerprint.ingredients if fingerprint is not None else None,
+            **facts,
+        )
+        self._services.index.record_step_runs([record])
 
     def kill(self) -> None:
         """End the program, if one is running."""
@@ -174,6 +214,7 @@ class StepRunner:
                 name: artifact.digest if artifact is not None else None
                 for name, artifact in self._inputs.items()
             },
+            destinations={name: spec.url for name, spec in self._graph.datastores.items()},
         )
 
     def _look_up(self, fingerprint: str, started: float) -> StepResult | None:
@@ -207,12 +248,24 @@ class StepRunner:
             seconds_saved=entry.seconds if state == "reused" else 0.0,
         )
 
+    def _why_not_reused(self, fingerprint: Fingerprint | None) -> str:
+        decision = self._plan.steps[self._step.id]
+        if self._forced is not None:
+            return self._forced
+        if decision.decision is Decision.LATER and fingerprint is not None:
+            return explain_miss(
+                self._services.index, self._graph.name, self._step.id, fingerprint.ingredients
+            )
+        return decision.reason
+
     # ---- how -------------------------------------------------------------------------------
 
     def _make(self, fingerprint: Fingerprint | None, started: float) -> StepResult:
         """Run the program and commit what it made: data first, then the entry."""
         step, services, identity = self._step, self._services, self._identity
         launcher = services.launcher
+        reason = self._why_not_reused(fingerprint)
+        services.emit(f"Step {step.name!r} runs: {reason}")
         environment = launcher.prepare_environment(
             step.environment, launcher.resolve_environment(step.environment), emit=services.emit
         )
@@ -249,7 +302,7 @@ class StepRunner:
             self._remember(fingerprint, outputs, seconds)
         return StepResult(
             state="ran",
-            reason=self._forced or self._plan.steps[step.id].reason,
+            reason=reason,
             seconds=seconds,
             outputs=outputs,
             step_run=identity.step_run_id,

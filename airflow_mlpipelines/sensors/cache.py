@@ -66,13 +66,13 @@ class CacheSensor(BaseSensorOperator):
 
         if self.wait_for_inputs:
             super().execute(context)
+        prefix = self.task_id[: -len(_SENSOR_TASK)]
         try:
-            plan = make_plan(self.graph, context)
+            plan = make_plan(self.graph, context, prefix)
         except DefinitionError as error:
             raise AirflowFailException(str(error)) from error
         context["ti"].xcom_push(key="plan", value=plan.to_dict())
         self._log_plan(plan)
-        prefix = self.task_id[: -len(_SENSOR_TASK)]
         reused = [
             f"{prefix}{step_id}"
             for step_id, decision in plan.steps.items()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines import settings
-from airflow_mlpipelines.caching.index import MetadataIndex
+from airflow_mlpipelines.caching.decision import Decision
+from airflow_mlpipelines.caching.index import MetadataIndex, StepRunRecord
 from airflow_mlpipelines.definition.graph import REGENERATE_OUTPUTS
 from airflow_mlpipelines.execution.planning import plan_run
 from airflow_mlpipelines.operators.connections import metadata_url, open_stores
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.definition.graph import PipelineGraph
 
 
-def make_plan(graph: PipelineGraph, context: Context) -> RunPlan:
-    """Return the plan of the run that this task instance belongs to."""
+def make_plan(graph: PipelineGraph, context: Context, prefix: str) -> RunPlan:
+    """Return the plan of the run that this task instance belongs to; record what it reuses."""
     params = context["params"]
     index = MetadataIndex(metadata_url())
-    return plan_run(
+    plan = plan_run(
         graph,
         parameters=dict(params),
         regenerate=list(params.get(REGENERATE_OUTPUTS) or []),
@@ -30,3 +31,28 @@ def make_plan(graph: PipelineGraph, context: Context) -> RunPlan:
         stores=open_stores(graph),
         cache=StatCache(settings.stat_cache_file()),
     )
+    index.record_step_runs(_reused_steps(graph, plan, context, prefix))
+    return plan
+
+
+def _reused_steps(
+    graph: PipelineGraph, plan: RunPlan, context: Context, prefix: str
+) -> list[StepRunRecord]:
+    ti = context["ti"]
+    return [
+        StepRunRecord(
+            dag_id=ti.dag_id,
+            run_id=ti.run_id,
+            task_id=f"{prefix}{step_id}",
+            pipeline=graph.name,
+            step=step_id,
+            step_run=decision.step_run or "",
+            state="reused",
+            reason=decision.reason,
+            fingerprint=decision.fingerprint,
+            outputs=decision.outputs,
+            seconds_saved=decision.seconds_saved or 0.0,
+        )
+        for step_id, decision in plan.steps.items()
+        if decision.decision is Decision.REUSE
+    ]

@@ -181,6 +181,14 @@ class Project:
 
 def run_dag(dag: Any, conf: dict[str, Any] | None = None) -> Outcome:
     """Run a DAG in this process and return what its steps did."""
+    from airflow.dag_processing.collection import update_dag_parsing_results_in_db
+    from airflow.serialization.serialized_objects import LazyDeserializedDAG
+    from airflow.utils.session import create_session
+
+    with create_session() as session:  # dag.test() knows DAGs of a bundle; this one is in none
+        update_dag_parsing_results_in_db(
+            "dags-folder", None, [LazyDeserializedDAG.from_dag(dag)], {}, None, set(), session
+        )
     run = dag.test(run_conf=conf or {}, logical_date=None)
     plan = _xcom(run, "cache_sensor", "plan") or {"steps": {}}
     states, reasons, outputs = {}, {}, {}
