@@ -111,7 +111,8 @@ class _Builder:
     # ---- steps -----------------------------------------------------------------------------
 
     def _build_step(self, step: PipelineStep) -> StepSpec:
-        if not isinstance(step.name, str) or not step.name.strip() or len(step.name) > _MAX_NAME:
+        name: Any = step.name
+        if not isinstance(name, str) or not name.strip() or len(name) > _MAX_NAME:
             self._report(f"the name {step.name!r} is no text of 1 to {_MAX_NAME} characters", step)
         inputs = self._build_inputs(step)
         outputs = self._build_outputs(step)
@@ -159,7 +160,7 @@ class _Builder:
 
     def _find_compute(self, step: PipelineStep) -> str:
         targets = self._pipeline.workspace.compute_targets
-        wanted = step.compute_target
+        wanted: Any = step.compute_target
         if isinstance(wanted, tuple):
             wanted = wanted[0]
         if wanted is None:
@@ -184,11 +185,11 @@ class _Builder:
             self._report(
                 f"compute {wanted.name!r} is defined in two ways; give one another name", step
             )
-        return wanted.name
+        return str(wanted.name)
 
     def _find_environment(self, step: PipelineStep) -> EnvironmentSpec | None:
         environments = self._pipeline.workspace.environments
-        wanted = step.environment
+        wanted: Any = step.environment
         if isinstance(wanted, str):
             if wanted not in environments:
                 self._report(
@@ -208,7 +209,8 @@ class _Builder:
         return wanted.spec
 
     def _build_variables(self, step: PipelineStep) -> dict[str, str]:
-        for name, value in step.environment_variables.items():
+        variables: dict[str, Any] = step.environment_variables
+        for name, value in variables.items():
             if not isinstance(value, str):
                 self._report(
                     f"is {value!r}, but environment variables are text", step, f"variable {name!r}"
@@ -217,9 +219,7 @@ class _Builder:
 
     # ---- data ------------------------------------------------------------------------------
 
-    def _find_datastore(
-        self, datastore: Datastore | str | None, step: PipelineStep | None, port: str | None
-    ) -> str:
+    def _find_datastore(self, datastore: Any, step: PipelineStep | None, port: str | None) -> str:
         workspace = self._pipeline.workspace
         if datastore is None:
             spec = workspace.default_datastore.spec
@@ -309,7 +309,8 @@ class _Builder:
 
     def _build_outputs(self, step: PipelineStep) -> list[OutputSpec]:
         outputs: dict[str, OutputSpec] = {}
-        for data in step.outputs:
+        made: list[Any] = step.outputs
+        for data in made:
             if not isinstance(data, PipelineData):
                 self._report(f"{type(data).__name__} can't be an output; PipelineData can", step)
                 continue
@@ -386,7 +387,8 @@ class _Builder:
 
     def _build_params(self, step: PipelineStep) -> dict[str, ParameterValue | ParameterRef]:
         params: dict[str, ParameterValue | ParameterRef] = {}
-        for name, value in step.params.items():
+        given: dict[str, Any] = dict(step.params)
+        for name, value in given.items():
             if isinstance(value, PipelineParameter):
                 params[name] = self._use_parameter(step, value)
             elif isinstance(value, (str, int, float, bool)):

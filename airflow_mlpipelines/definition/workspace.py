@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_mlpipelines import settings
 from airflow_mlpipelines._naming import list_options, suggest
@@ -23,6 +23,9 @@ from airflow_mlpipelines.definition.computes import (
 from airflow_mlpipelines.definition.environment import Environment
 from airflow_mlpipelines.definition.graph import DatastoreSpec
 from airflow_mlpipelines.exceptions import DefinitionError
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 EMBEDDED_DATASTORE = "workspaceblobstore"
 EMBEDDED_COMPUTE = "local"
@@ -226,12 +229,12 @@ def _find_config(path: str | Path | None) -> Path | None:
 
 def find_calling_file() -> Path | None:
     """Return the file of the code outside this package that called into it; None in a notebook."""
-    frame = sys._getframe(1)  # noqa: SLF001 - the one way to know it
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the one way to know it
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith(f"{_PACKAGE}{os.sep}"):
             return Path(name).absolute() if Path(name).is_file() else None
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from airflow.sdk import Context
-    from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+    from airflow.sdk.types import RuntimeTaskInstanceProtocol
 
     from airflow_mlpipelines.compute.base import HandleStore
     from airflow_mlpipelines.definition.graph import StepSpec
@@ -75,7 +75,7 @@ def make_runner(operator: StepOperator, context: Context) -> StepRunner:
     )
 
 
-def pull_plan(ti: RuntimeTaskInstance, prefix: str) -> RunPlan:
+def pull_plan(ti: RuntimeTaskInstanceProtocol, prefix: str) -> RunPlan:
     """Return the plan that the run's first task made.
 
     Raises:
@@ -90,7 +90,9 @@ def pull_plan(ti: RuntimeTaskInstance, prefix: str) -> RunPlan:
     return RunPlan.from_dict(data)
 
 
-def _why_forced(operator: StepOperator, plan: RunPlan, ti: RuntimeTaskInstance) -> str | None:
+def _why_forced(
+    operator: StepOperator, plan: RunPlan, ti: RuntimeTaskInstanceProtocol
+) -> str | None:
     """Return why the step runs whatever is remembered, in words, or None.
 
     A step that the plan reuses is skipped, and a clear counts its earlier tries in: so whatever gets
@@ -105,7 +107,7 @@ def _why_forced(operator: StepOperator, plan: RunPlan, ti: RuntimeTaskInstance) 
 
 
 def _find_inputs(
-    step: StepSpec, plan: RunPlan, ti: RuntimeTaskInstance, prefix: str
+    step: StepSpec, plan: RunPlan, ti: RuntimeTaskInstanceProtocol, prefix: str
 ) -> dict[str, Artifact | None]:
     """Return what every input holds in this run; None for external data that is not there."""
     inputs: dict[str, Artifact | None] = {}
@@ -129,7 +131,7 @@ def _find_inputs(
 
 
 def find_outputs(
-    step_id: str, plan: RunPlan, ti: RuntimeTaskInstance, prefix: str
+    step_id: str, plan: RunPlan, ti: RuntimeTaskInstanceProtocol, prefix: str
 ) -> Mapping[str, Artifact]:
     """Return the outputs of a step in this run: those it pushed, else those that the plan reuses.
 

@@ -74,9 +74,10 @@ def _find_connection(conn_id: str) -> Connection | None:
     from airflow.sdk.exceptions import AirflowNotFoundException, AirflowRuntimeError
 
     try:
-        return Connection.get(conn_id)
+        found: Connection = Connection.get(conn_id)
     except (AirflowNotFoundException, AirflowRuntimeError):
         return None
+    return found
 
 
 def _sqlalchemy_url(connection: Connection) -> str:

@@ -8,12 +8,14 @@ from airflow_mlpipelines.caching.decision import Decision
 from airflow_mlpipelines.operators.carrying_out import find_outputs, pull_plan
 
 if TYPE_CHECKING:
-    from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+    from airflow.sdk.types import RuntimeTaskInstanceProtocol
 
     from airflow_mlpipelines.definition.graph import PipelineGraph
 
 
-def summarize_run(graph: PipelineGraph, ti: RuntimeTaskInstance, prefix: str) -> dict[str, Any]:
+def summarize_run(
+    graph: PipelineGraph, ti: RuntimeTaskInstanceProtocol, prefix: str
+) -> dict[str, Any]:
     """Return how many steps ran, were reused and were skipped, the time saved, and the outputs."""
     plan = pull_plan(ti, prefix)
     counts = {"ran": 0, "reused": 0, "skipped": 0}
@@ -31,14 +33,13 @@ def summarize_run(graph: PipelineGraph, ti: RuntimeTaskInstance, prefix: str) ->
             saved += record.get("seconds_saved") or 0.0
         else:
             counts["skipped"] += 1
-    outputs = {}
+    outputs: dict[str, Any] = {}
     for step in graph.steps:
-        offered = {item.name: item.pipeline_output_name for item in step.outputs}
-        if any(offered.values()):
-            made = find_outputs(step.id, plan, ti, prefix)
-            outputs |= {
-                offered[name]: artifact.to_dict()
-                for name, artifact in made.items()
-                if offered.get(name)
-            }
+        offered = {
+            item.name: item.pipeline_output_name
+            for item in step.outputs
+            if item.pipeline_output_name
+        }
+        made = find_outputs(step.id, plan, ti, prefix) if offered else {}
+        outputs |= {offered[name]: made[name].to_dict() for name in offered if name in made}
     return {**counts, "seconds_saved": round(saved, 3), "outputs": outputs}

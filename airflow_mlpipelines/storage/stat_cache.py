@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _FRESH_NANOSECONDS = 2_000_000_000
 """Younger changes than this are not trusted: file systems tick as slowly as every two seconds."""
 _ROW = struct.Struct("<QQQqq32s")
+Row = tuple[int, int, int, int, int, bytes]
+"""Device, inode, size, modification time, change time, digest."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS directories (path BLOB PRIMARY KEY, used INTEGER NOT NULL, files BLOB NOT NULL)
 """
@@ -83,7 +85,7 @@ class StatCache:
         except sqlite3.Error:
             self._give_up()
 
-    def _load(self, directories: list[bytes]) -> dict[bytes, dict[bytes, tuple[int | bytes, ...]]]:
+    def _load(self, directories: list[bytes]) -> dict[bytes, dict[bytes, Row]]:
         connection = self._connect()
         if connection is None:
             return {}
@@ -143,21 +145,22 @@ def _key(status: os.stat_result) -> tuple[int, int, int, int, int]:
     )
 
 
-def _pack(rows: dict[bytes, tuple[int | bytes, ...]]) -> bytes:
-    parts = []
+def _pack(rows: dict[bytes, Row]) -> bytes:
+    parts: list[bytes] = []
     for name, row in rows.items():
-        parts += (len(name).to_bytes(2, "little"), name, _ROW.pack(*row))
+        parts += [len(name).to_bytes(2, "little"), name, _ROW.pack(*row)]
     return b"".join(parts)
 
 
-def _unpack(data: bytes) -> dict[bytes, tuple[int | bytes, ...]]:
-    rows = {}
+def _unpack(data: bytes) -> dict[bytes, Row]:
+    rows: dict[bytes, Row] = {}
     position, end = 0, len(data)
     while position < end:
         length = int.from_bytes(data[position : position + 2], "little")
         position += 2
         name = data[position : position + length]
         position += length
-        rows[name] = _ROW.unpack_from(data, position)
+        device, inode, size, modified, changed, digest = _ROW.unpack_from(data, position)
+        rows[name] = (device, inode, size, modified, changed, digest)
         position += _ROW.size
     return rows

@@ -121,7 +121,11 @@ def _digest_remote(
         _download(store, path, files, kind, target)
         digest = digest_tree(target).digest
         if blobs is not None:
-            blobs.get(digest, lambda made: shutil.move(str(target), str(made)))
+
+            def move(made: Path) -> None:
+                shutil.move(target, made)
+
+            blobs.get(digest, move)
     return digest
 
 

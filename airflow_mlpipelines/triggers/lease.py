@@ -16,7 +16,7 @@ class LeaseTrigger(BaseTrigger):
     """Fires when the lease on a fingerprint is free: released, or run out because its holder died."""
 
     def __init__(self, fingerprint: str, poll_seconds: float = 2.0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fingerprint = fingerprint
         self.poll_seconds = poll_seconds
 
