@@ -63,7 +63,7 @@ def _encode(value: Any, parts: list[bytes]) -> None:  # noqa: C901 - one branch 
     elif isinstance(value, float):
         _tagged(b"f", struct.pack(">d", value) if value == value else b"nan", parts)
     elif isinstance(value, str):
-        _tagged(b"s", value.encode("utf-8", "surrogateescape"), parts)
+        _tagged(b"s", value.encode("utf-8", "surrogatepass"), parts)
     elif isinstance(value, (bytes, bytearray)):
         _tagged(b"b", bytes(value), parts)
     elif isinstance(value, Mapping):

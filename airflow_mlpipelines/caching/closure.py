@@ -1,32 +1,33 @@
 """The code that a step's script reaches, and its digest.
 
 For a Python script: its syntax tree and those of all modules of the source directory that it reaches by
-imports, however deep, plus every file of the directory that is no Python. Comments, formatting and
-docstrings don't count. Where imports can't be followed (``importlib``, ``exec``, a subprocess), the
-whole directory counts, and a note says why. Other programs: the whole directory.
+imports, however deep, plus every file of the directory that is no Python. Comments and formatting don't
+count, docstrings only where some of that code looks at docstrings. Where imports can't be followed
+(``importlib``, ``exec``, a subprocess), the whole directory counts, and a note says why. Code that loads
+pickles reaches whatever any file of the directory imports: a pickle names the modules of its classes.
+Other programs: the whole directory.
 """
 
 from __future__ import annotations
 
-import ast
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from airflow_mlpipelines._digest import digest, digest_bytes
+from airflow_mlpipelines.caching.reach import ImportStatement, Reach, find_reach
+from airflow_mlpipelines.caching.syntax import canonical_form, parse_source
 from airflow_mlpipelines.exceptions import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    import ast
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 _PYTHON = ".py"
-_DYNAMIC_CALLS = {"exec", "eval", "__import__", "compile"}
-_DYNAMIC_MODULES = {"importlib", "runpy", "imp", "pkgutil"}
-_SPAWNING_MODULES = {"subprocess", "multiprocessing", "os.system", "pexpect", "sh"}
+_INIT = "__init__"
 _SHOWN_NOTES = 3
-# Fields that say where or how something was written, not what it means; `kind` is the u of u"".
-_SKIPPED_FIELDS = frozenset({"ctx", "type_comment", "type_ignores", "kind"})
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def code_digest(
     """Return the digest of the code that a step runs.
 
     It is the same in every place that the directory is copied to, and on every Python that reads the
-    source the same way.
+    source the same way. For several scripts of one directory, use one :class:`SourceDirectory`.
 
     Args:
         directory: The source directory.
@@ -79,213 +80,229 @@ def code_digest(
     Raises:
         DataError: A file can't be read, or the script is not among the files.
     """
-    if script is None or mode == "folder" or not script.endswith(_PYTHON):
-        return _whole_folder(directory, files, notes=())
-    script = PurePosixPath(script).as_posix()
-    if script not in files:
-        raise DataError(
-            f"script {script!r} is not among the files of {directory}; is it excluded by an ignore file?"
-        )
-    closure = _Closure(directory, files)
-    closure.follow(script)
-    if closure.notes:
-        notes = tuple(closure.notes[:_SHOWN_NOTES])
-        return _whole_folder(directory, files, notes=notes)
-    digests = dict(closure.digests)
-    digests |= {
-        name: digest_bytes(_read(directory, name)) for name in files if not name.endswith(_PYTHON)
-    }
-    return CodeDigest(_digest_of(digests), digests, closure.via)
+    return SourceDirectory(directory, files).digest_code(script, mode=mode)
 
 
-def _whole_folder(directory: Path, files: Sequence[str], *, notes: tuple[str, ...]) -> CodeDigest:
-    """Every file counts; of Python files still only what they mean."""
-    digests = {}
-    for name in files:
-        source = _read(directory, name)
-        tree = _parse(source) if name.endswith(_PYTHON) else None
-        digests[name] = digest_bytes(source) if tree is None else _tree_digest(tree)
-    return CodeDigest(_digest_of(digests), digests, {}, whole_folder=True, notes=notes)
+class _Module(NamedTuple):
+    """A Python file as read: its tree is None if this Python can't read it."""
+
+    source: bytes
+    tree: ast.Module | None
+    reach: Reach
 
 
-def _digest_of(digests: Mapping[str, str]) -> str:
-    return digest("code-v1", digests)
-
-
-def _read(directory: Path, name: str) -> bytes:
-    try:
-        return (directory / name).read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"source file {directory / name} can't be read: {error.strerror}"
-        ) from error
-
-
-def _parse(source: bytes) -> ast.Module | None:
-    """Return the syntax tree, or None if this Python can't read the source."""
-    try:
-        return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
-        return None
-
-
-class _Closure:
-    """Follows imports from a script through the modules of its directory."""
+class SourceDirectory:
+    """The files of one source directory, each of them read and followed at most once."""
 
     def __init__(self, directory: Path, files: Sequence[str]) -> None:
         self._directory = directory
         self._files = frozenset(files)
-        self._packages = {
-            parent.as_posix() for name in files for parent in PurePosixPath(name).parents
-        }
-        self.digests: dict[str, str] = {}
-        self.via: dict[str, str] = {}
-        self.notes: list[str] = []
+        self._modules: dict[str, _Module] = {}
+        self._digests: dict[tuple[str, str], str] = {}
 
-    def follow(self, script: str) -> None:
-        """Take in the script and all that it reaches."""
-        root = PurePosixPath(script).parent
-        pending = [(script, "")]
-        while pending:
-            name, importer = pending.pop()
-            if name in self.digests:
-                continue
-            if importer:
-                self.via[name] = importer
-            source = _read(self._directory, name)
-            tree = _parse(source)
-            if tree is None:
-                self.digests[name] = digest_bytes(source)
-                self.notes.append(f"{name} can't be parsed")
-                continue
-            self.digests[name] = _tree_digest(tree)
-            self.notes += [f"{name}:{line} {what}" for line, what in _find_dynamic(tree)]
-            pending += [(found, name) for found in self._imports(tree, name, root)]
+    def digest_code(
+        self, script: str | None, *, mode: Literal["closure", "folder"] = "closure"
+    ) -> CodeDigest:
+        """Return what :func:`code_digest` does.
 
-    def _imports(self, tree: ast.Module, importer: str, root: PurePosixPath) -> list[str]:
-        """Return the files of the directory that a module imports, in a fixed order.
-
-        Python looks in the script's own folder first, so absolute imports start there.
+        Raises:
+            DataError: A file can't be read, or the script is not among the files.
         """
+        if script is not None:
+            script = PurePosixPath(script).as_posix()
+            if script not in self._files:
+                raise DataError(
+                    f"script {script!r} is not among the files of {self._directory}; "
+                    "is it excluded by an ignore file?"
+                )
+        if script is None or mode == "folder" or not script.endswith(_PYTHON):
+            return self._whole_folder()
+        via = self._follow(script)
+        reached = [script, *via]
+        notes = [note for name in reached for note in self._blind_spots(name)]
+        if notes:
+            shown = notes[:_SHOWN_NOTES]
+            if len(notes) > len(shown):
+                shown.append(f"and {len(notes) - len(shown)} more")
+            return self._whole_folder(tuple(shown))
+        return self._make(reached, via)
+
+    def _whole_folder(self, notes: tuple[str, ...] = ()) -> CodeDigest:
+        modules = [name for name in self._files if name.endswith(_PYTHON)]
+        return self._make(modules, {}, whole_folder=True, notes=notes)
+
+    def _make(
+        self,
+        modules: Sequence[str],
+        via: Mapping[str, str],
+        *,
+        whole_folder: bool = False,
+        notes: tuple[str, ...] = (),
+    ) -> CodeDigest:
+        """Digest these modules and all files that are no Python."""
+        reaches = [self._module(name).reach for name in modules]
+        how = "meaning"
+        if any(reach.reads_source for reach in reaches):
+            how = "text"
+        elif any(reach.reads_docstrings for reach in reaches):
+            how = "meaning with docstrings"
+        digests = {name: self._digest_module(name, how) for name in modules}
+        digests |= {name: self._digest_file(name) for name in self._files if _is_data(name)}
+        return CodeDigest(digest("code-v1", digests), digests, via, whole_folder, notes)
+
+    # ---- files -----------------------------------------------------------------------------
+
+    def _digest_module(self, name: str, how: str) -> str:
+        key = (name, how)
+        if key not in self._digests:
+            module = self._module(name)
+            if module.tree is None or how == "text":
+                self._digests[key] = digest_bytes(module.source)
+            else:
+                form = canonical_form(module.tree, docstrings=how != "meaning")
+                self._digests[key] = digest("syntax-v1", form)
+        return self._digests[key]
+
+    def _digest_file(self, name: str) -> str:
+        key = (name, "bytes")
+        if key not in self._digests:
+            self._digests[key] = digest_bytes(self._read(name))
+        return self._digests[key]
+
+    def _module(self, name: str) -> _Module:
+        if name not in self._modules:
+            source = self._read(name)
+            tree = parse_source(source)
+            reach = find_reach(tree) if tree is not None else Reach(imports=())
+            self._modules[name] = _Module(source, tree, reach)
+        return self._modules[name]
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return (self._directory / name).read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"source file {self._directory / name} can't be read: {error.strerror}"
+            ) from error
+
+    # ---- imports ---------------------------------------------------------------------------
+
+    def _follow(self, script: str) -> dict[str, str]:
+        """Return all modules that the script reaches, each with the file that imports it."""
+        root = PurePosixPath(script).parent
+        via: dict[str, str] = {}
+        pending = [script]
+        while pending:
+            importer = pending.pop()
+            reach = self._module(importer).reach
+            found = self._resolve_all(reach.imports, importer, root)
+            if reach.unpickles:
+                found += self._imported_anywhere
+            for name in found:
+                if name != script and name not in via:
+                    via[name] = importer
+                    pending.append(name)
+        return via
+
+    @cached_property
+    def _imported_anywhere(self) -> list[str]:
+        """The modules that any file of the directory imports: those that a pickle may name."""
+        found: set[str] = set()
+        for name in self._files:
+            if name.endswith(_PYTHON):
+                imports = self._module(name).reach.imports
+                found.update(self._resolve_all(imports, name, PurePosixPath(name).parent))
+        return sorted(found)
+
+    def _blind_spots(self, name: str) -> list[str]:
+        module = self._module(name)
+        if module.tree is None:
+            return [f"{name} can't be parsed"]
+        return [f"{name}:{line} {what}" for line, what in module.reach.blind_spots]
+
+    def _resolve_all(
+        self, imports: Iterable[ImportStatement], importer: str, root: PurePosixPath
+    ) -> list[str]:
+        """Return the files that these statements run, in a fixed order."""
         found: list[str] = []
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    found += self._resolve(root, alias.name)
-            elif isinstance(node, ast.ImportFrom):
-                base = root
-                if node.level:
-                    base = PurePosixPath(importer).parent
-                    for _ in range(node.level - 1):
-                        base = base.parent
-                found += self._resolve_from(base, node)
+        for statement in imports:
+            if statement.level:
+                base = PurePosixPath(importer).parent
+                for _ in range(statement.level - 1):
+                    base = base.parent
+                found += self._existing(base / f"{_INIT}{_PYTHON}")
+                found += self._resolve(base, statement)
+            else:
+                top = statement.module.partition(".")[0]
+                for base in self._bases(root, top):
+                    found += self._resolve(base, statement)
         return list(dict.fromkeys(found))
 
-    def _resolve_from(self, base: PurePosixPath, node: ast.ImportFrom) -> list[str]:
-        found = self._resolve(base, node.module) if node.module else self._package_files(base)
-        package = base / (node.module or "").replace(".", "/")
-        for alias in node.names:
-            if alias.name == "*":
-                continue
-            found += self._resolve(package, alias.name)
+    def _bases(self, root: PurePosixPath, top: str) -> list[PurePosixPath]:
+        """Return where a top-level module may come from.
+
+        Python looks in the script's own folder first. What is not there may still be found in another
+        folder of the directory, if the step's PYTHONPATH names one.
+        """
+        if self._existing(root / f"{top}{_PYTHON}") or self._existing(
+            root / top / f"{_INIT}{_PYTHON}"
+        ):
+            return [root]
+        return self._places.get(top, [])
+
+    @cached_property
+    def _places(self) -> dict[str, list[PurePosixPath]]:
+        """The folders that hold a module or package, by its name."""
+        places: dict[str, set[PurePosixPath]] = {}
+        for name in self._files:
+            if name.endswith(_PYTHON):
+                path = PurePosixPath(name)
+                places.setdefault(path.stem, set()).add(path.parent)
+                for package in path.parents[:-1]:
+                    places.setdefault(package.name, set()).add(package.parent)
+        return {name: sorted(parents) for name, parents in places.items()}
+
+    def _resolve(self, base: PurePosixPath, statement: ImportStatement) -> list[str]:
+        parts = statement.module.split(".") if statement.module else []
+        found = self._walk(base, parts)
+        for name in statement.names:
+            if name == "*":
+                found += self._exported(base.joinpath(*parts))
+            else:
+                found += self._walk(base, [*parts, name])
         return found
 
-    def _resolve(self, base: PurePosixPath, dotted: str) -> list[str]:
+    def _walk(self, base: PurePosixPath, parts: list[str]) -> list[str]:
         """Return the module's file and the ``__init__.py`` of every package on the way to it."""
         found: list[str] = []
         place = base
-        for part in dotted.split("."):
+        for part in parts:
             place = place / part
-            module = f"{place.as_posix()}{_PYTHON}"
-            if module in self._files and place.as_posix() not in self._packages:
-                return [*found, module]
-            if place.as_posix() in self._packages:
-                found += self._package_files(place)
-            elif module in self._files:
-                return [*found, module]
-            else:
-                break
+            init = self._existing(place / f"{_INIT}{_PYTHON}")
+            module = self._existing(place.with_name(f"{part}{_PYTHON}"))
+            if init:
+                found += init
+            elif module:
+                return found + module
         return found
 
-    def _package_files(self, package: PurePosixPath) -> list[str]:
-        init = (package / "__init__.py").as_posix()
-        return [init] if init in self._files else []
+    def _exported(self, package: PurePosixPath) -> list[str]:
+        """Return the modules that ``from package import *`` may import: ``__all__`` can name them."""
+        init = (package / f"{_INIT}{_PYTHON}").as_posix()
+        if init not in self._files or b"__all__" not in self._module(init).source:
+            return []
+        return sorted(
+            name
+            for name in self._files
+            if name.endswith(_PYTHON)
+            and package in (PurePosixPath(name).parent, PurePosixPath(name).parent.parent)
+            and (PurePosixPath(name).parent == package or PurePosixPath(name).stem == _INIT)
+        )
+
+    def _existing(self, path: PurePosixPath) -> list[str]:
+        name = path.as_posix()
+        return [name] if name in self._files else []
 
 
-def _find_dynamic(tree: ast.Module) -> list[tuple[int, str]]:
-    """Return the places, by line, where code may be reached that no import statement names."""
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-            )
-            for name in names:
-                top = name.split(".")[0]
-                if top in _DYNAMIC_MODULES and not name.startswith("importlib.metadata"):
-                    found.append((node.lineno, f"imports {top}, which can import anything"))
-                elif top in _SPAWNING_MODULES:
-                    found.append((node.lineno, f"imports {top}, which can start other programs"))
-        elif isinstance(node, ast.Call):
-            called = _call_name(node.func)
-            if called in _DYNAMIC_CALLS:
-                found.append((node.lineno, f"calls {called}()"))
-            elif called in ("os.system", "os.popen") or called.startswith(("os.exec", "os.spawn")):
-                found.append((node.lineno, f"calls {called}(), which starts other programs"))
-        elif isinstance(node, ast.Attribute) and _call_name(node) == "sys.path":
-            found.append((node.lineno, "changes where modules are looked for (sys.path)"))
-    return sorted(set(found))
-
-
-def _call_name(node: ast.expr) -> str:
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return f"{node.value.id}.{node.attr}"
-    return ""
-
-
-def _tree_digest(tree: ast.Module) -> str:
-    reads_docstrings = any(
-        (isinstance(node, ast.Name) and node.id == "__doc__")
-        or (isinstance(node, ast.Attribute) and node.attr == "__doc__")
-        for node in ast.walk(tree)
-    )
-    return digest("syntax-v1", canonical_tree(tree, docstrings=reads_docstrings))
-
-
-def canonical_tree(node: Any, *, docstrings: bool) -> Any:
-    """Return a syntax tree as plain values, equal for sources that mean the same.
-
-    Left out: places, fields that are empty (a newer Python has more of them), and docstrings unless the
-    module reads any.
-    """
-    if isinstance(node, ast.AST):
-        fields: dict[str, Any] = {}
-        for name, value in ast.iter_fields(node):
-            if name in _SKIPPED_FIELDS or value is None or value == []:
-                continue
-            if name == "body" and not docstrings and _has_docstring(node):
-                value = value[1:]  # noqa: PLW2901 - the body without its docstring
-            fields[name] = canonical_tree(value, docstrings=docstrings)
-        return [type(node).__name__, fields]
-    if isinstance(node, list):
-        return [canonical_tree(item, docstrings=docstrings) for item in node]
-    if isinstance(node, complex):
-        return ["complex", node.real, node.imag]
-    if node is Ellipsis:
-        return ["ellipsis"]
-    return node
-
-
-def _has_docstring(node: ast.AST) -> bool:
-    if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        return False
-    first = node.body[0] if node.body else None
-    return (
-        isinstance(first, ast.Expr)
-        and isinstance(first.value, ast.Constant)
-        and isinstance(first.value.value, str)
-    )
+def _is_data(name: str) -> bool:
+    return not name.endswith(_PYTHON)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from airflow_mlpipelines.caching.closure import CodeDigest, code_digest
+from airflow_mlpipelines.caching.closure import CodeDigest, SourceDirectory
 from airflow_mlpipelines.caching.planner import (
     PlanRequest,
     StepEnvironment,
@@ -145,7 +145,7 @@ def _read_code(
     graph: PipelineGraph, stores: StoreSet, *, snapshot: bool
 ) -> tuple[dict[str, CodeDigest | None], dict[str, str]]:
     """Return the code's digest and the snapshot's digest of each step that has files of its own."""
-    files: dict[Path, list[str]] = {}
+    sources: dict[Path, SourceDirectory] = {}
     snapshot_of: dict[Path, str] = {}
     digests: dict[tuple[Path, str | None, str], CodeDigest] = {}
     code: dict[str, CodeDigest | None] = {}
@@ -156,15 +156,14 @@ def _read_code(
             code[step.id] = None
             continue
         try:
-            if directory not in files:
-                files[directory] = list_source_files(directory)
+            if directory not in sources:
+                files = list_source_files(directory)
+                sources[directory] = SourceDirectory(directory, files)
                 if snapshot:
-                    snapshot_of[directory] = make_snapshot(
-                        directory, stores.default, files[directory]
-                    ).digest
+                    snapshot_of[directory] = make_snapshot(directory, stores.default, files).digest
             key = (directory, step.script, step.code)
             if key not in digests:
-                digests[key] = code_digest(directory, files[directory], step.script, mode=step.code)
+                digests[key] = sources[directory].digest_code(step.script, mode=step.code)
         except MLPipelinesError as error:
             error.add_note(f"while reading the code of step {step.name!r} of {graph.name!r}")
             raise
