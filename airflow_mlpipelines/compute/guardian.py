@@ -79,7 +79,7 @@ class ProgramEnd:
             start, or its guardian was killed.
         cause: Why the guardian ended it, if it did.
         start_error: Why it could not be started.
-        peak_memory: Bytes that the largest of its processes had in memory.
+        peak_memory: Bytes that the largest of its processes had in memory; 0 if not known.
         survivors: Processes that could not be killed.
     """
 
@@ -277,11 +277,10 @@ class _Watch:
                     stop = any(number in _SIGNALS for number in os.read(wakeup, _CHUNK))
                 if stop:
                     self._end("stopped", time.monotonic())
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         return ProgramEnd(
             exit_code=self._exit_code,
             cause=self._cause,
-            peak_memory=peak * (1 if sys.platform == "darwin" else _KIB),
+            peak_memory=_peak_memory(),
             survivors=survivors,
         )
 
@@ -326,6 +325,18 @@ class _Watch:
             return _POLL_SECONDS * 1000
         until = min(self._expires if self._cause is None else float("inf"), self._kill_from)
         return None if until == float("inf") else max(0.0, until - now) * 1000
+
+
+def _peak_memory() -> int:
+    """Return the most bytes that one child had in memory, or 0 if that is not known."""
+    peak, own = (
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)
+    )
+    # Until it executes its own program, a child has the guardian's memory, and that is counted.
+    if peak <= own:
+        return 0
+    return peak * (1 if sys.platform == "darwin" else _KIB)
 
 
 def describe_exit(code: int) -> str:

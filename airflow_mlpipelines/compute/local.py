@@ -149,7 +149,9 @@ class LocalLauncher(Launcher):
                 }
             )
             self._guardian = guardian
-            if not self._killed:  # else it was killed before there was anything to stop
+            if self._killed:  # before there was anything to stop
+                guardian.stop()
+            else:
                 guardian.go()
             end = _follow(guardian, emit, tail)
         except BaseException:  # above all a timeout or an interrupt, which Airflow raises in here
@@ -226,7 +228,9 @@ class LocalLauncher(Launcher):
         if end.exit_code is None:
             return "its guardian was killed, and so it was killed as well; the machine may be out of memory"
         if end.exit_code in (-signal.SIGKILL, _SHELL_KILLED):
-            peak = f" Its largest process had {end.peak_memory / _GIB:.1f} GiB in memory."
+            peak = ""
+            if end.peak_memory:
+                peak = f" Its largest process had {end.peak_memory / _GIB:.1f} GiB in memory."
             return (
                 f"it was killed with SIGKILL, most likely because the machine, or the worker's container, "
                 f"ran out of memory.{peak} Let it use less, or run it on a larger compute."

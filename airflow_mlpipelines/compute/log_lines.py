@@ -20,7 +20,7 @@ _LONGEST_CHARACTER = 4
 class LineFolder:
     r"""Makes lines of the chunks that a program's output arrives in.
 
-    A progress bar overwrites its line with ``\\r`` many times a second. In the log it becomes its last
+    A progress bar overwrites its line with ``\r`` many times a second. In the log it becomes its last
     state, and while it lasts, its state at the moment every ten seconds. Bytes that are no UTF-8
     become replacement characters.
     """
