@@ -65,7 +65,7 @@ class LineFolder:
         now = self._clock()
         if self._shown_at is None:
             self._shown_at = now
-        elif now - self._shown_at >= self._progress_seconds:
+        elif written and now - self._shown_at >= self._progress_seconds:
             self._shown_at = now
             yield _text(written)
 

@@ -165,7 +165,7 @@ class Workbench:
             env={**variables, **(env or {})},
             secrets=options.pop("secrets", {}),
             stage=self.stage,
-            resources=ResourcesSpec(),
+            resources=options.pop("resources", ResourcesSpec()),
             image=ready.image,
             labels={"dag_id": "a_dag", "task_id": "the step", "try_number": "1"},
             **options,
