@@ -9,6 +9,8 @@ CONFIG_FILE_NAME = "mlpipelines.yaml"
 CONFIG_VARIABLE = "MLPIPELINES_CONFIG"
 METADATA_CONNECTION_ID = "mlpipelines_metadata"
 METADATA_URL_VARIABLE = "MLPIPELINES_METADATA_URL"
+ECHO_VARIABLE = "MLPIPELINES_ECHO"
+"""Set where a run goes on in a process that a person watches: steps print their lines there."""
 ALLOW_PICKLE_VARIABLE = "MLPIPELINES_ALLOW_PICKLE"
 
 

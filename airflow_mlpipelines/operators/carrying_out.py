@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk.exceptions import AirflowSkipException
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
     from airflow.sdk.types import RuntimeTaskInstanceProtocol
 
-    from airflow_mlpipelines.compute.base import HandleStore
+    from airflow_mlpipelines.compute.base import Emit, HandleStore
     from airflow_mlpipelines.definition.graph import StepSpec
     from airflow_mlpipelines.operators.base import StepOperator
 
@@ -54,13 +56,12 @@ def make_runner(operator: StepOperator, context: Context) -> StepRunner:
     identity = TaskIdentity(
         ti.dag_id, ti.run_id, ti.task_id, ti.map_index or -1, ti.max_tries, ti.try_number
     )
-    log = operator.log
     services = Services(
         index=MetadataIndex(metadata_url()),
         stores=open_stores(graph),
         launcher=make_launcher(graph.computes[step.compute]),
         handle=_make_handle(operator, context, identity),
-        emit=lambda line: log.info("%s", line),
+        emit=_make_emit(operator),
         secrets=read_secrets(step.name, step.secrets),
         cache=StatCache(settings.stat_cache_file()),
     )
@@ -73,6 +74,19 @@ def make_runner(operator: StepOperator, context: Context) -> StepRunner:
         services=services,
         forced=_why_forced(operator, plan, ti),
     )
+
+
+def _make_emit(operator: StepOperator) -> Emit:
+    """Return what takes a step's lines: the task's log, and the terminal of a run in one process."""
+    log, name = operator.log, operator.step.name
+
+    def to_log(line: str) -> None:
+        log.info("%s", line)
+
+    def to_terminal(line: str) -> None:
+        print(f"{name} | {line}", file=sys.stderr, flush=True)  # noqa: T201 - a person is watching
+
+    return to_terminal if os.environ.get(settings.ECHO_VARIABLE) else to_log
 
 
 def pull_plan(ti: RuntimeTaskInstanceProtocol, prefix: str) -> RunPlan:

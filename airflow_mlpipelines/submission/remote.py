@@ -1,0 +1,56 @@
+"""Runs on an Airflow server: started and followed over its REST API."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from airflow_mlpipelines.submission.run import PipelineRun
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from airflow_mlpipelines.definition.pipeline import Pipeline
+    from airflow_mlpipelines.submission.rest import AirflowClient
+
+
+class RemoteRun:
+    """The facts of one run, asked of its server."""
+
+    def __init__(self, client: AirflowClient, dag_id: str, run_id: str) -> None:
+        self._client = client
+        self.dag_id = dag_id
+        self.run_id = run_id
+
+    def get_state(self) -> str:
+        """Return Airflow's state of the run."""
+        return str(self._client.get_run(self.dag_id, self.run_id)["state"])
+
+    def list_tasks(self) -> list[dict[str, Any]]:
+        """Return each task's id, state and duration."""
+        return self._client.list_task_instances(self.dag_id, self.run_id)
+
+    def find_xcom(self, task_id: str, key: str) -> Any | None:
+        """Return an XCom's value, or None."""
+        return self._client.find_xcom(self.dag_id, self.run_id, task_id, key)
+
+    def get_log(self, task_id: str, try_number: int) -> list[str]:
+        """Return the lines of a task's log."""
+        return self._client.get_log(self.dag_id, self.run_id, task_id, try_number)
+
+    def cancel(self) -> None:
+        """End the run."""
+        self._client.cancel(self.dag_id, self.run_id)
+
+
+def submit_over_rest(
+    pipeline: Pipeline, conf: Mapping[str, Any], *, client: AirflowClient, experiment: str = ""
+) -> PipelineRun:
+    """Start a run of a pipeline that a server has as a DAG.
+
+    Raises:
+        SubmissionError: The server can't be reached, has no such DAG, or refuses a parameter.
+        PipelineCheckError: Something is wrong with the pipeline.
+    """
+    graph = pipeline.graph
+    run_id = client.trigger(pipeline.dag_id, conf)
+    return PipelineRun(graph, RemoteRun(client, pipeline.dag_id, run_id), experiment=experiment)
