@@ -1,8 +1,9 @@
 """Metrics on their way from a step's program to the worker: numbered JSON lines in ``metrics.jsonl``.
 
-A line is written whole, by one call, under the file's lock, which every write takes anew: so threads,
-forked processes and unrelated processes of one step may log at the same time, and no lock is ever
-inherited by a fork. Lines are numbered from 1 on; a reader can tell that none is missing.
+A line is written whole under two locks, so that threads, forked processes and unrelated processes of
+one step may log at the same time: the file's, which is the process's alone and never inherited by a
+fork (``flock`` would be, and then never be released), and one between the process's own threads, which
+a fork makes anew. Lines are numbered from 1 on; a reader can tell that none is missing.
 
 Numbers that JSON does not have (NaN, infinities) are written as text.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,16 @@ SCALAR, LIST, ROW, TABLE, IMAGE = "scalar", "list", "row", "table", "image"
 STEP_RUN, PARENT_RUN = "step", "parent"
 _BLOCK = 8192
 _LARGEST_READ = 64 << 20
+_threads = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _threads  # noqa: PLW0603 - the thread that held it at the fork is not in this process
+    _threads = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def to_json_value(value: Any) -> Any:
@@ -81,23 +93,24 @@ def append_metric(
     record["value"] = to_json_value(value)
     text = json.dumps(record, ensure_ascii=False, allow_nan=False)
     path = os.path.join(os.fspath(directory), METRICS_FILE)  # noqa: PTH118
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        _lock(file)
-        last, whole = _last_number(file)
-        line = f'{"" if whole else chr(10)}{{"n": {last + 1}, {text[1:]}\n'
-        data = line.encode("utf-8", "replace")
-        while data:  # a short write happens where the disk is full, and then raises next
-            data = data[os.write(file, data) :]
-    finally:
-        os.close(file)
+    with _threads:
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            _lock(file)
+            last, whole = _last_number(file)
+            line = f'{"" if whole else chr(10)}{{"n": {last + 1}, {text[1:]}\n'
+            data = line.encode("utf-8", "replace")
+            while data:  # a short write happens where the disk is full, and then raises next
+                data = data[os.write(file, data) :]
+        finally:
+            os.close(file)  # which lets go of the lock
 
 
 def _lock(file: int) -> None:
     import fcntl
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.lockf(file, fcntl.LOCK_EX)
     except OSError:  # a file system without locks: lines stay whole, numbers may repeat
         return
 
@@ -124,7 +137,7 @@ def _last_number(file: int) -> tuple[int, bool]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line.decode("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or record.get("v") != FORMAT_VERSION:
         return None
@@ -155,25 +168,31 @@ class MetricsReader:
 
     def read_new(self) -> list[dict[str, Any]]:
         """Return the records of the lines that were completed since the last call, of 64 MiB at most."""
-        try:
-            file = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:  # not written yet, or no file that could be ours
-            return []
-        try:
-            os.lseek(file, self._offset, os.SEEK_SET)
-            data = b""
-            while len(data) < _LARGEST_READ:
-                more = os.read(file, 1 << 20)
-                if not more:
-                    break
-                data += more
-        except OSError:
-            return []
-        finally:
-            os.close(file)
+        with _threads:  # closing the file in one thread takes the lock away from another
+            try:
+                data = _read_from(self._path, self._offset)
+            except OSError:  # not written yet, or no file that could be ours
+                return []
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
         return [record for record in map(_parse, complete.splitlines()) if record is not None]
+
+
+def _read_from(path: str, offset: int) -> bytes:
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.lseek(file, offset, os.SEEK_SET)
+        chunks = []
+        missing = _LARGEST_READ
+        while missing > 0:
+            chunk = os.read(file, min(missing, 1 << 20))
+            if not chunk:
+                break
+            chunks.append(chunk)
+            missing -= len(chunk)
+        return b"".join(chunks)
+    finally:
+        os.close(file)
 
 
 def read_metrics(directory: StrPath, *, run: str = STEP_RUN) -> dict[str, Any]:
