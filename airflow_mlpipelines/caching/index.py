@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,14 +17,20 @@ from airflow_mlpipelines.exceptions import CacheError, DataError
 from airflow_mlpipelines.storage.artifact import Artifact
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from sqlalchemy.engine import Connection, RowMapping
 
+    _Row = sa.FromClause
+
 log = logging.getLogger(__name__)
 
+RAN, REUSED, FAILED = "ran", "reused", "failed"
+"""How a step run can end."""
+
 _CHUNK = 500
-"""Values in one IN (…): SQLite takes 999 variables at the least."""
+"""Rows in one INSERT."""
+_SHOWN_PREFIX = 64
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class StepRunRecord:
     """One time that a step ran, was reused or failed.
 
     Attributes:
-        state: ``ran``, ``reused`` or ``failed``.
+        state: :data:`RAN`, :data:`REUSED` or :data:`FAILED`.
         reason: Why it was not reused, or why it was, in words; of a failed one, the error.
     """
 
@@ -99,14 +106,36 @@ class MetadataIndex:
             CacheError: The database can't be asked.
         """
         found: dict[str, CacheEntry] = {}
-        with _errors(), self.engine.connect().execution_options(reads_only=True) as connection:
-            for chunk in _chunks(fingerprints):
-                query = sa.select(cache_entries).where(cache_entries.c.fingerprint.in_(chunk))
-                for row in connection.execute(query).mappings():
-                    entry = _read_entry(row)
-                    if entry is not None:
-                        found[entry.fingerprint] = entry
+        with (
+            database_errors(),
+            self.engine.connect().execution_options(reads_only=True) as connection,
+        ):
+            wanted = _is_among(connection, cache_entries.c.fingerprint, fingerprints)
+            for row in connection.execute(sa.select(cache_entries).where(wanted)).mappings():
+                entry = _read_entry(row)
+                if entry is not None:
+                    found[entry.fingerprint] = entry
         return found
+
+    def find_newest_entries(self, pipeline: str, steps: Collection[str]) -> dict[str, CacheEntry]:
+        """Return the newest entry of each of these steps, by fingerprint: likely hits, in one query.
+
+        Raises:
+            CacheError: The database can't be asked.
+        """
+
+        def of_pipeline(entry: _Row) -> sa.ColumnElement[bool]:
+            return entry.c.pipeline == pipeline
+
+        with (
+            database_errors(),
+            self.engine.connect().execution_options(reads_only=True) as connection,
+        ):
+            query = _newest_of_each(
+                connection, cache_entries, steps, order="created_at", count=1, where=of_pipeline
+            )
+            entries = [_read_entry(row) for row in connection.execute(query).mappings()]
+        return {entry.fingerprint: entry for entry in entries if entry is not None}
 
     def put_entry(self, entry: CacheEntry) -> None:
         """Remember what a fingerprint makes; it replaces an earlier entry, whole or not at all."""
@@ -115,7 +144,7 @@ class MetadataIndex:
             "outputs": _dump_outputs(entry.outputs),
             "ingredients": dict(entry.ingredients),
         }
-        with _errors(), self.engine.begin() as connection:
+        with database_errors(), self.engine.begin() as connection:
             upsert(connection, cache_entries, [values], update=True)
 
     def list_entries(
@@ -127,7 +156,10 @@ class MetadataIndex:
             query = query.where(cache_entries.c.pipeline == pipeline)
         if step is not None:
             query = query.where(cache_entries.c.step == step)
-        with _errors(), self.engine.connect().execution_options(reads_only=True) as connection:
+        with (
+            database_errors(),
+            self.engine.connect().execution_options(reads_only=True) as connection,
+        ):
             rows = connection.execute(query).mappings().all()
         return [entry for entry in map(_read_entry, rows) if entry is not None]
 
@@ -138,14 +170,21 @@ class MetadataIndex:
             CacheError: None does, or several do.
         """
         query = (
-            sa.select(cache_entries).where(cache_entries.c.fingerprint.startswith(prefix)).limit(2)
+            sa.select(cache_entries)
+            .where(cache_entries.c.fingerprint.startswith(prefix, autoescape=True))
+            .limit(2)
         )
-        with _errors(), self.engine.connect().execution_options(reads_only=True) as connection:
+        with (
+            database_errors(),
+            self.engine.connect().execution_options(reads_only=True) as connection,
+        ):
             rows = connection.execute(query).mappings().all()
         entries = [entry for entry in map(_read_entry, rows) if entry is not None]
         if len(entries) != 1:
             count = "no" if not entries else "more than one"
-            raise CacheError(f"{count} cache entry has a fingerprint that begins with {prefix!r}")
+            raise CacheError(
+                f"{count} cache entry has a fingerprint that begins with {prefix[:_SHOWN_PREFIX]!r}"
+            )
         return entries[0]
 
     # ---- contents --------------------------------------------------------------------------
@@ -154,24 +193,30 @@ class MetadataIndex:
         """Keep ingredients that many entries share, by digest."""
         if not items:
             return
-        known = set(self.get_contents(items))
-        rows = [
-            {"digest": digest, "content": content}
-            for digest, content in items.items()
-            if digest not in known
-        ]
-        if rows:
-            with _errors(), self.engine.begin() as connection:
-                upsert(connection, contents, rows, update=False)
+        with database_errors():
+            with self.engine.connect().execution_options(reads_only=True) as connection:
+                query = sa.select(contents.c.digest).where(
+                    _is_among(connection, contents.c.digest, items)
+                )
+                known = set(connection.execute(query).scalars())
+            rows = [
+                {"digest": digest, "content": content}
+                for digest, content in items.items()
+                if digest not in known
+            ]
+            if rows:
+                with self.engine.begin() as connection:
+                    upsert(connection, contents, rows, update=False)
 
     def get_contents(self, digests: Collection[str]) -> dict[str, Any]:
-        """Return the contents that are kept under these digests."""
-        found: dict[str, Any] = {}
-        with _errors(), self.engine.connect().execution_options(reads_only=True) as connection:
-            for chunk in _chunks(digests):
-                query = sa.select(contents).where(contents.c.digest.in_(chunk))
-                found |= {row.digest: row.content for row in connection.execute(query)}
-        return found
+        """Return the contents that are kept under these digests, and can be read."""
+        with (
+            database_errors(),
+            self.engine.connect().execution_options(reads_only=True) as connection,
+        ):
+            wanted = _is_among(connection, contents.c.digest, digests)
+            rows = connection.execute(sa.select(contents).where(wanted)).all()
+        return {row.digest: row.content for row in rows if isinstance(row.content, dict)}
 
     # ---- step runs -------------------------------------------------------------------------
 
@@ -188,7 +233,7 @@ class MetadataIndex:
             }
             for record in records
         ]
-        with _errors(), self.engine.begin() as connection:
+        with database_errors(), self.engine.begin() as connection:
             connection.execute(sa.insert(step_runs), rows)
 
     def find_step_runs(
@@ -204,33 +249,32 @@ class MetadataIndex:
         for column, value in (("dag_id", dag_id), ("run_id", run_id), ("step", step)):
             if value is not None:
                 query = query.where(step_runs.c[column] == value)
-        with _errors(), self.engine.connect().execution_options(reads_only=True) as connection:
+        with (
+            database_errors(),
+            self.engine.connect().execution_options(reads_only=True) as connection,
+        ):
             return [_read_run(row) for row in connection.execute(query).mappings()]
 
     def find_earlier_runs(
         self, pipeline: str, steps: Collection[str], *, depth: int = 5
     ) -> dict[str, list[StepRunRecord]]:
-        """Return, for each of these steps, the last few runs of its program, newest first."""
+        """Return, for each of these steps, the last few runs that had outputs, newest first."""
         found: dict[str, list[StepRunRecord]] = {}
-        newest = (
-            sa.func.row_number()
-            .over(partition_by=step_runs.c.step, order_by=step_runs.c.id.desc())
-            .label("place")
-        )
-        with _errors(), self.engine.connect().execution_options(reads_only=True) as connection:
-            for chunk in _chunks(steps):
-                ranked = (
-                    sa.select(step_runs, newest)
-                    .where(
-                        step_runs.c.pipeline == pipeline,
-                        step_runs.c.step.in_(chunk),
-                        step_runs.c.state == "ran",
-                    )
-                    .subquery()
-                )
-                query = sa.select(ranked).where(ranked.c.place <= depth).order_by(ranked.c.place)
-                for row in connection.execute(query).mappings():
-                    found.setdefault(row["step"], []).append(_read_run(row))
+
+        def had_outputs(run: _Row) -> sa.ColumnElement[bool]:
+            return sa.and_(
+                run.c.pipeline == pipeline, run.c.state != FAILED, run.c.ingredients.is_not(None)
+            )
+
+        with (
+            database_errors(),
+            self.engine.connect().execution_options(reads_only=True) as connection,
+        ):
+            query = _newest_of_each(
+                connection, step_runs, steps, order="id", count=depth, where=had_outputs
+            )
+            for row in connection.execute(query).mappings():
+                found.setdefault(row["step"], []).append(_read_run(row))
         return found
 
 
@@ -262,7 +306,7 @@ _PLAIN_RUN_COLUMNS = (
 )
 
 
-class _errors:  # noqa: N801 - used as a statement: `with _errors(), …`
+class database_errors:  # noqa: N801 - used as a statement: `with database_errors(), …`
     """Turns errors of the database into ours, without the statement's values."""
 
     def __enter__(self) -> None:
@@ -282,7 +326,7 @@ def upsert(
     else:
         from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
     keys = [column.name for column in table.primary_key]
-    for chunk in _chunks(list(rows)):
+    for chunk in _chunks(rows):
         statement = insert(table).values(chunk)
         if update:
             changed = {
@@ -295,10 +339,65 @@ def upsert(
             connection.execute(statement.on_conflict_do_nothing(index_elements=keys))
 
 
-def _chunks(values: Iterable[Any]) -> Iterator[list[Any]]:
-    items = list(values)
-    for start in range(0, len(items), _CHUNK):
-        yield items[start : start + _CHUNK]
+def _is_among(
+    connection: Connection, column: sa.Column[Any], values: Collection[str]
+) -> sa.ColumnElement[bool]:
+    """Return the condition that a column has one of these values, however many."""
+    if connection.dialect.name == "postgresql":  # knows how many, and so that its index pays
+        return column == sa.any_(sa.literal(list(values), sa.ARRAY(sa.Text)))
+    return column.in_(_each(connection, values))
+
+
+def _each(connection: Connection, values: Collection[str]) -> sa.Select[tuple[str]]:
+    """Return a query for these values, however many: they travel as one parameter, as JSON."""
+    text = sa.literal(json.dumps(list(values)))
+    if connection.dialect.name == "postgresql":
+        each = sa.func.json_array_elements_text(sa.cast(text, sa.JSON)).table_valued("value")
+    else:
+        each = sa.func.json_each(text).table_valued("value")
+    return sa.select(sa.cast(each.c.value, sa.Text).label("value"))
+
+
+def _newest_of_each(
+    connection: Connection,
+    table: sa.Table,
+    steps: Collection[str],
+    *,
+    order: str,
+    count: int,
+    where: Callable[[_Row], sa.ColumnElement[bool]],
+) -> sa.Select[Any]:
+    """Return a query for the newest rows of each step, newest first, that looks at few others.
+
+    Args:
+        connection: Where it is going to be asked.
+        table: It has a column ``step``.
+        steps: The steps.
+        order: The column that says which row is newer.
+        count: How many rows of each step.
+        where: Which rows are looked for.
+    """
+    wanted = _each(connection, steps).subquery("wanted")
+    (key,) = table.primary_key
+    row = table.alias("candidate")
+    newest = (
+        sa.select(row.c[key.name])
+        .where(row.c.step == wanted.c.value, where(row))
+        .order_by(row.c[order].desc())
+        .limit(count)
+        .correlate(wanted)
+    )
+    if connection.dialect.name == "postgresql":
+        found = newest.lateral("newest")
+        joined = wanted.join(found, sa.true()).join(table, key == found.c[key.name])
+    else:  # SQLite has no LATERAL, but looks up the keys of a subquery one by one
+        joined = wanted.join(table, key.in_(newest.scalar_subquery()))
+    return sa.select(table).select_from(joined).order_by(table.c[order].desc())
+
+
+def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(values), _CHUNK):
+        yield values[start : start + _CHUNK]
 
 
 def _dump_outputs(outputs: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -325,9 +424,10 @@ def _read_run(row: RowMapping) -> StepRunRecord:
         outputs = {name: Artifact.from_dict(item) for name, item in row["outputs"].items()}
     except (DataError, AttributeError):  # what happened is worth showing all the same
         outputs = {}
+    ingredients, metrics = row["ingredients"], row["metrics"]
     return StepRunRecord(
         **{column: row[column] for column in _PLAIN_RUN_COLUMNS},
-        ingredients=row["ingredients"],
+        ingredients=ingredients if isinstance(ingredients, dict) else None,
         outputs=outputs,
-        metrics=row["metrics"],
+        metrics=metrics if isinstance(metrics, dict) else {},
     )

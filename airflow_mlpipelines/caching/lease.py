@@ -1,6 +1,7 @@
 """Leases: the right to compute a fingerprint, held by one at a time.
 
-All times are the database's own, so clocks of machines that disagree do no harm.
+All times are the database's own, so clocks of machines that disagree do no harm; nor does a clock that is
+put back: a lease from its future lasts no longer than a new one.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
 
-from airflow_mlpipelines.caching.index import upsert
+from airflow_mlpipelines.caching.index import database_errors
 from airflow_mlpipelines.caching.tables import leases
-from airflow_mlpipelines.exceptions import CacheError
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, Row
 
     from airflow_mlpipelines.caching.index import MetadataIndex
+
+
+_CLOCK_TOLERANCE = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,50 +61,74 @@ class Leases:
             fingerprint: What is going to be made.
             holder: Who is going to make it: the same for all tries of one task instance.
             ttl: Seconds after which it runs out unless it is renewed.
+
+        Raises:
+            CacheError: The database can't be asked.
         """
         token = uuid.uuid4().hex
-        try:
-            with self._index.engine.begin() as connection:
+        while True:
+            with database_errors(), self._index.engine.begin() as connection:
                 now = _now(connection)
-                row = {
-                    "fingerprint": fingerprint,
-                    "holder": holder,
-                    "token": token,
-                    "acquired_at": now,
-                    "expires_at": now + ttl,
-                }
-                taken = connection.execute(
-                    sa.update(leases)
-                    .where(
-                        leases.c.fingerprint == fingerprint,
-                        sa.or_(leases.c.expires_at <= now, leases.c.holder == holder),
-                    )
-                    .values(row)
-                ).rowcount
-                if not taken:
-                    upsert(connection, leases, [row], update=False)
+                self._take(
+                    connection,
+                    {
+                        "fingerprint": fingerprint,
+                        "holder": holder,
+                        "token": token,
+                        "renewed_at": now,
+                        "expires_at": now + ttl,
+                    },
+                )
                 found = connection.execute(
                     sa.select(leases).where(leases.c.fingerprint == fingerprint)
-                ).one()
-                if found.token == token:
-                    return Lease(fingerprint, holder, token)
-                return Held(found.holder, found.expires_at - now)
-        except DBAPIError as error:
-            raise CacheError(f"the lease could not be asked for: {error.orig}") from error
+                ).one_or_none()
+            if found is None:
+                continue  # given back by its holder between the two statements: free now
+            if found.token == token:
+                return Lease(fingerprint, holder, token)
+            return Held(found.holder, self._seconds_left(found, now))
+
+    def _take(self, connection: Connection, row: dict[str, Any]) -> None:
+        """Put the row there unless somebody holds the lease: one statement, so one of us wins."""
+        if connection.dialect.name == "postgresql":
+            from sqlalchemy.dialects.postgresql import insert
+        else:
+            from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
+        statement = insert(leases).values(row)
+        new = statement.excluded
+        connection.execute(
+            statement.on_conflict_do_update(
+                index_elements=[leases.c.fingerprint],
+                set_={name: new[name] for name in row if name != "fingerprint"},
+                where=sa.or_(
+                    leases.c.expires_at <= new.renewed_at,
+                    leases.c.holder == new.holder,
+                ),
+            )
+        )
 
     def renew(self, lease: Lease, *, ttl: float) -> bool:
-        """Put off the end of a lease; return whether it is still ours."""
-        with self._index.engine.begin() as connection:
+        """Put off the end of a lease; return whether it is still ours.
+
+        Raises:
+            CacheError: The database can't be asked; the lease may be ours or not.
+        """
+        with database_errors(), self._index.engine.begin() as connection:
+            now = _now(connection)
             renewed: Any = connection.execute(
                 sa.update(leases)
                 .where(leases.c.fingerprint == lease.fingerprint, leases.c.token == lease.token)
-                .values(expires_at=_now(connection) + ttl)
+                .values(renewed_at=now, expires_at=now + ttl)
             )
             return bool(renewed.rowcount)
 
     def release(self, lease: Lease) -> None:
-        """Give a lease back; nothing happens if it is no longer ours."""
-        with self._index.engine.begin() as connection:
+        """Give a lease back; nothing happens if it is no longer ours.
+
+        Raises:
+            CacheError: The database can't be asked; the lease will run out by itself.
+        """
+        with database_errors(), self._index.engine.begin() as connection:
             connection.execute(
                 sa.delete(leases).where(
                     leases.c.fingerprint == lease.fingerprint, leases.c.token == lease.token
@@ -111,14 +137,34 @@ class Leases:
 
     def find(self, fingerprint: str) -> Held | None:
         """Return who holds the lease, or None if it is free or has run out."""
-        with self._index.engine.connect().execution_options(reads_only=True) as connection:
-            row = connection.execute(
+        with (
+            database_errors(),
+            self._index.engine.connect().execution_options(reads_only=True) as connection,
+        ):
+            found = connection.execute(
                 sa.select(leases).where(leases.c.fingerprint == fingerprint)
             ).one_or_none()
-            if row is None:
-                return None
-            left = row.expires_at - _now(connection)
-            return Held(row.holder, left) if left > 0 else None
+            now = _now(connection)
+        left = self._seconds_left(found, now) if found is not None else 0.0
+        return Held(found.holder, left) if found is not None and left > 0 else None
+
+    def _seconds_left(self, found: Row[Any], now: float) -> float:
+        """Return how long a lease lasts; if the clock was put back, let it count from now."""
+        left: float = found.expires_at - now
+        if found.renewed_at <= now + _CLOCK_TOLERANCE:
+            return left
+        ttl: float = found.expires_at - found.renewed_at
+        with database_errors(), self._index.engine.begin() as connection:
+            connection.execute(
+                sa.update(leases)
+                .where(
+                    leases.c.fingerprint == found.fingerprint,
+                    leases.c.token == found.token,
+                    leases.c.renewed_at == found.renewed_at,
+                )
+                .values(renewed_at=now, expires_at=now + ttl)
+            )
+        return ttl
 
 
 def _now(connection: Connection) -> float:
