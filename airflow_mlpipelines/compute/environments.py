@@ -174,14 +174,14 @@ def _find_lock(environment: EnvironmentSpec) -> EnvironmentLock:
 
 
 def _read_lock(file: Path) -> EnvironmentLock | None:
-    """Return a lock that still holds, or None."""
+    """Return a lock that still holds, or None. One of another release, or half of one, is none."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        if data.pop("version", None) != _LOCK_VERSION:
+            return None
+        lock = EnvironmentLock(**data)
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return None
-    if data.pop("version", None) != _LOCK_VERSION:
-        return None
-    lock = EnvironmentLock(**data)
     return lock if lock.is_current else None
 
 
