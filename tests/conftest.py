@@ -26,4 +26,4 @@ os.environ["AIRFLOW__CORE__XCOM_BACKEND"] = "airflow_mlpipelines.xcom.DataRefere
 os.environ["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] = f"sqlite:///{_home}/airflow.db"
 for _name in ("MLPIPELINES_CONFIG", "MLPIPELINES_METADATA_URL", "AIRFLOW_API_URL"):
     os.environ.pop(_name, None)
-os.makedirs(f"{_home}/dags", exist_ok=True)  # noqa: PTH103 - nothing but the environment is set up here
+os.makedirs(f"{_home}/dags", exist_ok=True)
