@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from airflow_mlpipelines.caching.index import MetadataIndex, StepRunRecord
 from airflow_mlpipelines.caching.lease import Held, Lease, Leases
 from airflow_mlpipelines.caching.schema import HEAD, VERSION_TABLE, make_alembic_config, open_engine
-from airflow_mlpipelines.caching.tables import cache_entries, leases, metadata
+from airflow_mlpipelines.caching.tables import leases, metadata
 from airflow_mlpipelines.exceptions import CacheError
 from tests.unit.caching import racers
 from tests.unit.caching.racers import make_artifact, make_entry, make_fingerprint, run_processes
@@ -369,17 +369,22 @@ class IndexContract:
 
     def test_a_forked_process_has_connections_of_its_own(self, index):
         index.put_entry(make_entry(1))
-        with index.engine.connect() as held:
-            child = os.fork()
-            if child == 0:
-                try:
-                    index.put_entry(make_entry(2))
-                finally:
-                    os._exit(0 if len(index.list_entries()) == 2 else 1)
-            assert os.waitpid(child, 0)[1] == 0
-            assert held.execute(sa.select(sa.func.count()).select_from(cache_entries)).scalar() == 2
-        index.put_entry(make_entry(3))
-        assert len(index.list_entries()) == 3
+        with index.engine.connect() as one, index.engine.connect() as two:
+            inherited = [item.connection.dbapi_connection for item in (one, two)]  # all in the pool
+        child = os.fork()
+        if child == 0:
+            good = False
+            try:
+                with index.engine.connect() as connection:
+                    good = connection.connection.dbapi_connection not in inherited
+                index.put_entry(make_entry(2))
+            finally:
+                os._exit(0 if good else 1)
+
+        assert os.waitpid(child, 0)[1] == 0
+        with index.engine.connect() as connection:
+            assert connection.connection.dbapi_connection in inherited
+        assert len(index.list_entries()) == 2
 
     @pytest.fixture
     def statements(self, index):

@@ -30,6 +30,8 @@ def test_nothing_is_made_before_it_is_needed(tmp_path, url):
 
 def test_readers_do_not_wait_for_a_writer(url):
     index = MetadataIndex(url)
+    with index.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
     with index.engine.begin():
         assert index.find_entries(["a"]) == {}
 
