@@ -144,7 +144,7 @@ def test_a_kill_leaves_nothing_even_of_a_program_that_ignores_it(step: DockerSte
     started = time.monotonic()
     launcher.kill()
     seconds = time.monotonic() - started
-    alive = [pid for pid in pids if os.path.exists(f"/proc/{pid}")]  # noqa: PTH110
+    alive = [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
     thread.join(10)
     assert len(pids) >= 3
     assert alive == []
@@ -312,7 +312,7 @@ class FlakyDaemon:
 
 @pytest.fixture
 def flaky() -> Iterator[FlakyDaemon]:
-    if not os.path.exists(SOCKET):  # noqa: PTH110
+    if not os.path.exists(SOCKET):
         pytest.skip(f"no daemon on {SOCKET}")
     daemon = FlakyDaemon()
     yield daemon
