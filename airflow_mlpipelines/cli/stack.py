@@ -152,8 +152,9 @@ class AirflowStack:
 
     def stop(self) -> None:
         """End all components and whatever they started; nothing happens if none runs."""
-        groups = [process.pid for process in self._processes.values()]
-        end_process_groups(groups)
+        if not self._processes:
+            return
+        end_process_groups([process.pid for process in self._processes.values()])
         for process in self._processes.values():
             process.wait()
         self._processes.clear()
