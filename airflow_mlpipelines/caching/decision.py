@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.exceptions import CacheError
+from airflow_mlpipelines.exceptions import CacheError, DataError
 from airflow_mlpipelines.storage.artifact import Artifact
 
 if TYPE_CHECKING:
@@ -72,11 +72,18 @@ class StepDecision:
         if self.fingerprint is not None:
             data["fingerprint"] = self.fingerprint
         if self.outputs:
-            data["outputs"] = {name: item.to_dict() for name, item in self.outputs.items()}
+            data["outputs"] = {name: self._describe(item) for name, item in self.outputs.items()}
         if self.step_run is not None:
             data["step_run"] = self.step_run
         if self.seconds_saved is not None:
             data["seconds_saved"] = round(self.seconds_saved, 3)
+        return data
+
+    def _describe(self, artifact: Artifact) -> dict[str, Any]:
+        """Return an output's JSON form, in which the step run stands only if it is another."""
+        data = {**artifact.to_dict(), "step_run": artifact.step_run}
+        if artifact.step_run == self.step_run:
+            del data["step_run"]
         return data
 
     @classmethod
@@ -93,7 +100,8 @@ class StepDecision:
             miss=MissReason(data["miss"]) if "miss" in data else None,
             fingerprint=data.get("fingerprint"),
             outputs={
-                name: Artifact.from_dict(item) for name, item in data.get("outputs", {}).items()
+                name: Artifact.from_dict({"step_run": data.get("step_run"), **item})
+                for name, item in data.get("outputs", {}).items()
             },
             step_run=data.get("step_run"),
             seconds_saved=data.get("seconds_saved"),
@@ -121,22 +129,24 @@ class RunPlan:
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form, the one in XCom. Digests that many steps share stand there once."""
-        digests: dict[str | None, int] = {}
+        """Return the JSON form, the one in XCom. Texts that many steps share stand there once."""
+        texts: dict[str, int] = {}
 
-        def number(values: Mapping[str, str | None]) -> dict[str, int]:
-            return {name: digests.setdefault(value, len(digests)) for name, value in values.items()}
+        def number(text: str | None) -> int | None:
+            return texts.setdefault(text, len(texts)) if text is not None else None
 
-        numbered = {
-            "code": number(self.code),
-            "environments": number(self.environments),
-            "snapshots": number(self.snapshots),
-        }
+        steps = {}
+        for step, item in self.steps.items():
+            data = item.to_dict()
+            data["reason"] = number(item.reason)
+            steps[step] = data
         return {
             "version": PLAN_VERSION,
-            "steps": {step: item.to_dict() for step, item in self.steps.items()},
-            "digests": list(digests),
-            **numbered,
+            "steps": steps,
+            "code": {step: number(text) for step, text in self.code.items()},
+            "environments": {step: number(text) for step, text in self.environments.items()},
+            "snapshots": {step: number(text) for step, text in self.snapshots.items()},
+            "texts": list(texts),
             "external": {
                 key: item.to_dict() if item is not None else None
                 for key, item in self.external.items()
@@ -149,7 +159,7 @@ class RunPlan:
         """Return the plan that :meth:`to_dict` described.
 
         Raises:
-            CacheError: It is none, or was made by a newer release.
+            CacheError: It is none, or was made by another release.
         """
         try:
             if data["version"] != PLAN_VERSION:
@@ -157,17 +167,23 @@ class RunPlan:
                     f"the plan of this run is of version {data['version']!r}, made by another release; "
                     f"this one reads {PLAN_VERSION}. Clear the run's first task to plan anew."
                 )
-            digests = data["digests"]
+            texts = data["texts"]
             return cls(
-                steps={step: StepDecision.from_dict(item) for step, item in data["steps"].items()},
-                code={step: digests[place] for step, place in data["code"].items()},
-                environments={step: digests[place] for step, place in data["environments"].items()},
-                snapshots={step: digests[place] for step, place in data["snapshots"].items()},
+                steps={
+                    step: StepDecision.from_dict({**item, "reason": texts[item["reason"]]})
+                    for step, item in data["steps"].items()
+                },
+                code={
+                    step: texts[place] if place is not None else None
+                    for step, place in data["code"].items()
+                },
+                environments={step: texts[place] for step, place in data["environments"].items()},
+                snapshots={step: texts[place] for step, place in data["snapshots"].items()},
                 external={
                     key: Artifact.from_dict(item) if item is not None else None
                     for key, item in data["external"].items()
                 },
                 parameters=data["parameters"],
             )
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (DataError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CacheError(f"the plan of this run is damaged: {error!r}") from error

@@ -26,7 +26,6 @@ _STEP_WORDS = {
     "version": "version",
     "config": "configuration",
 }
-_MAPPINGS = {"params": "param", "environment_variables": "environment variable"}
 
 
 def explain_miss(index: MetadataIndex, pipeline: str, step: str, ingredients: Ingredients) -> str:
@@ -48,7 +47,7 @@ def describe_change(
 ) -> tuple[MissReason, str]:
     """Return why a step with these ingredients was not found, as a kind and in words."""
     if earlier is None or earlier.ingredients is None:
-        return MissReason.NEVER_RUN, "it never ran before"
+        return MissReason.NEVER_RUN, "never ran before in this pipeline"
     phrases = find_differences(earlier.ingredients, ingredients, contents)
     if not phrases:  # it ran, but left no entry: reuse was off, or its entry is gone
         return MissReason.CHANGED, "its earlier outputs are not remembered"
@@ -122,15 +121,18 @@ def _compare_code(before: str | None, after: str | None, contents: Mapping[str, 
     old, new = contents.get(before), contents.get(after)
     if old is None or new is None:
         return ["its code changed"]
+    old_files, new_files = old.get("files") or {}, new.get("files") or {}
+    via = {**(old.get("via") or {}), **(new.get("via") or {})}
+    names, notes = old_files.keys() | new_files.keys(), new.get("notes") or []
+    if old.get("whole_folder") != new.get("whole_folder"):  # all others came or went with that
+        names = old_files.keys() & new_files.keys()
     phrases = []
-    for name in sorted(old["files"].keys() | new["files"].keys()):
-        if old["files"].get(name) == new["files"].get(name):
-            continue
-        change = _change_of(name in old["files"], name in new["files"])
-        importer = new["via"].get(name) or old["via"].get(name)
-        phrases.append(f"{name} {change}" + (f" (via {importer})" if importer else ""))
-    if not phrases and old["whole_folder"] != new["whole_folder"]:
-        phrases.append("what counts as its code changed")
+    for name in sorted(names):
+        if old_files.get(name) != new_files.get(name):
+            change = _change_of(name in old_files, name in new_files)
+            phrases.append(f"{name} {change}" + (f" (via {via[name]})" if name in via else ""))
+    if notes:
+        phrases.append(f"the whole folder counts, as {notes[0]}")
     return phrases or ["its code changed"]
 
 
@@ -156,7 +158,7 @@ def _compare_environment(
     if old.get("digest") != new.get("digest"):
         phrases.append(f"image {new.get('image')} has another digest")
     phrases += _compare_values("", old.get("packages"), new.get("packages"))
-    phrases += _compare_values("environment variable ", old.get("variables"), new.get("variables"))
+    phrases += _compare_variables(old.get("variables"), new.get("variables"))
     return phrases or ["its environment changed"]
 
 
@@ -167,9 +169,10 @@ def _kind_of(description: Mapping[str, Any]) -> str:
 
 
 def _compare_step(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    phrases = []
-    for name, prefix in _MAPPINGS.items():
-        phrases += _compare_values(f"{prefix} ", before.get(name), after.get(name))
+    phrases = _compare_values("param ", before.get("params"), after.get("params"))
+    phrases += _compare_variables(
+        before.get("environment_variables"), after.get("environment_variables")
+    )
     for name, word in _STEP_WORDS.items():
         old, new = before.get(name), after.get(name)
         if old == new:
@@ -207,9 +210,23 @@ def _compare_values(
             phrases.append(f"{prefix}{name} {_show(new[name])} is new")
         elif name not in new:
             phrases.append(f"{prefix}{name} is gone")
-        elif old[name] != new[name] or type(old[name]) is not type(new[name]):
+        elif type(old[name]) is not type(new[name]):  # so that 1 -> "1" can be seen
+            phrases.append(f"{prefix}{name} {_show(repr(old[name]))} -> {_show(repr(new[name]))}")
+        elif old[name] != new[name]:
             phrases.append(f"{prefix}{name} {_show(old[name])} -> {_show(new[name])}")
     return phrases
+
+
+def _compare_variables(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+) -> list[str]:
+    """Name the environment variables that differ, and never what is in them."""
+    old, new = before or {}, after or {}
+    return [
+        f"environment variable {name} {_change_of(name in old, name in new)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
 
 
 def _compare_inputs(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
@@ -224,4 +241,6 @@ def _compare_inputs(before: Mapping[str, str], after: Mapping[str, str]) -> list
 
 def _show(value: Any) -> str:
     text = str(value)
+    if not text.isprintable():
+        text = ascii(text)[1:-1]
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

@@ -26,7 +26,8 @@ class Fingerprint:
     Attributes:
         digest: 64 hex digits.
         ingredients: Groups ``step``, ``code``, ``environment``, ``parameters`` and ``inputs``. The code
-            and the environment are digests, whose contents the index keeps.
+            and the environment are digests, whose contents the index keeps. Of secrets there are only
+            names, and of environment variables digests: people put passwords there.
     """
 
     digest: str
@@ -81,7 +82,10 @@ def step_fingerprint(
                 item.name: [destinations[item.datastore], item.is_directory]
                 for item in step.outputs
             },
-            "environment_variables": step.environment_variables,
+            "environment_variables": {
+                name: digest("variable-v1", value)
+                for name, value in step.environment_variables.items()
+            },
             "secrets": sorted(step.secrets),
             "version": step.version,
             "config": step.config,

@@ -139,13 +139,20 @@ class MetadataIndex:
 
     def put_entry(self, entry: CacheEntry) -> None:
         """Remember what a fingerprint makes; it replaces an earlier entry, whole or not at all."""
-        values = {
-            **{column: getattr(entry, column) for column in _PLAIN_ENTRY_COLUMNS},
-            "outputs": _dump_outputs(entry.outputs),
-            "ingredients": dict(entry.ingredients),
-        }
+        self.put_entries([entry])
+
+    def put_entries(self, entries: Sequence[CacheEntry]) -> None:
+        """Remember several entries, all of them or none. They are of different fingerprints."""
+        rows = [
+            {
+                **{column: getattr(entry, column) for column in _PLAIN_ENTRY_COLUMNS},
+                "outputs": _dump_outputs(entry.outputs),
+                "ingredients": dict(entry.ingredients),
+            }
+            for entry in entries
+        ]
         with database_errors(), self.engine.begin() as connection:
-            upsert(connection, cache_entries, [values], update=True)
+            upsert(connection, cache_entries, rows, update=True)
 
     def list_entries(
         self, *, pipeline: str | None = None, step: str | None = None, limit: int = 100
@@ -227,6 +234,7 @@ class MetadataIndex:
         rows = [
             {
                 **{column: getattr(record, column) for column in _PLAIN_RUN_COLUMNS},
+                "reason": _storable(record.reason),
                 "ingredients": dict(record.ingredients) if record.ingredients is not None else None,
                 "outputs": _dump_outputs(record.outputs),
                 "metrics": dict(record.metrics),
@@ -398,6 +406,11 @@ def _newest_of_each(
 def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
     for start in range(0, len(values), _CHUNK):
         yield values[start : start + _CHUNK]
+
+
+def _storable(text: str) -> str:
+    """Return a text without what no database takes: it may quote what a program printed."""
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def _dump_outputs(outputs: Mapping[str, Artifact]) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """Planning in waves: every step whose inputs are known is looked up at once, wave after wave.
 
 A hit gives the digests that the steps after it need, so a whole unchanged graph is decided before
-anything runs, with one query and one check of outputs for each wave.
+anything runs: with one query, and one check of all outputs that would be reused.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,7 @@ class PlanRequest:
         code: Each step's code; None for steps without files of their own.
         external: What external data was pinned to, by ``<datastore>/<path>``; None where nothing is.
         regenerate: Ids of steps that shall run whatever is remembered.
+        contents: What is behind the digests of environments, for the reasons.
     """
 
     graph: PipelineGraph
@@ -61,6 +62,7 @@ class PlanRequest:
     external: Mapping[str, Artifact | None]
     snapshots: Mapping[str, str]
     regenerate: Collection[str] = ()
+    contents: Mapping[str, object] = field(default_factory=dict)
 
 
 def plan_steps(request: PlanRequest, *, index: MetadataIndex, verify: Verify) -> RunPlan:
@@ -90,9 +92,26 @@ class _Waves:
         self._decisions: dict[str, StepDecision] = {}
         self._fingerprints: dict[str, Fingerprint] = {}
         self._destinations = {name: spec.url for name, spec in request.graph.datastores.items()}
+        self._entries: dict[str, CacheEntry | None] = {}
+        self._gone: dict[str, str] = {}
 
     def decide(self) -> dict[str, StepDecision]:
         """Return every step's decision."""
+        steps = [step.id for step in self._request.graph.steps]
+        # Mostly it is the newest entry of a step that hits: so a chain of steps is one query, too.
+        self._entries |= self._index.find_newest_entries(self._request.graph.name, steps)
+        self._walk()
+        outputs = [
+            artifact for item in self._decisions.values() for artifact in item.outputs.values()
+        ]
+        self._gone = {artifact.uri: why for artifact, why in self._verify(outputs)}
+        if self._gone:  # what hit without these outputs is a part of what has been verified
+            self._walk()
+        self._explain_changes()
+        return self._decisions
+
+    def _walk(self) -> None:
+        """Decide every step, those outputs left out that are known to be gone."""
         steps = {step.id: step for step in self._request.graph.steps}
         waves = TopologicalSorter({name: _producers(step) for name, step in steps.items()})
         waves.prepare()
@@ -100,8 +119,6 @@ class _Waves:
             ready = waves.get_ready()
             self._decide_wave([steps[name] for name in ready])
             waves.done(*ready)
-        self._explain_changes()
-        return self._decisions
 
     def _decide_wave(self, wave: list[StepSpec]) -> None:
         candidates: list[StepSpec] = []
@@ -112,14 +129,17 @@ class _Waves:
             else:
                 candidates.append(step)
                 self._fingerprints[step.id] = self._fingerprint(step)
-        wanted = {self._fingerprints[step.id].digest for step in candidates}
-        entries = self._index.find_entries(wanted) if wanted else {}
-        outputs = [item for entry in entries.values() for item in entry.outputs.values()]
-        gone = {artifact.uri: why for artifact, why in self._verify(outputs)} if outputs else {}
+        self._look_up({self._fingerprints[step.id].digest for step in candidates})
         for step in candidates:
             fingerprint = self._fingerprints[step.id].digest
-            entry = entries.get(fingerprint)
-            self._decisions[step.id] = _decide(step, fingerprint, entry, gone)
+            entry = self._entries[fingerprint]
+            self._decisions[step.id] = _decide(step, fingerprint, entry, self._gone)
+
+    def _look_up(self, fingerprints: set[str]) -> None:
+        unknown = fingerprints - self._entries.keys()
+        if unknown:
+            found = self._index.find_entries(unknown)
+            self._entries |= {fingerprint: found.get(fingerprint) for fingerprint in unknown}
 
     def _decide_without_looking(self, step: StepSpec) -> StepDecision | None:
         if step.id in self._request.regenerate:
@@ -189,13 +209,12 @@ class _Waves:
     def _contents_of(self, runs: list[StepRunRecord]) -> dict[str, object]:
         wanted = {digest for run in runs for digest in content_digests(run.ingredients or {})}
         wanted |= {item.digest for item in self._request.environments.values()}
-        contents: dict[str, object] = dict(self._index.get_contents(wanted))
-        contents |= {
-            code.digest: code.to_content()
-            for code in self._request.code.values()
-            if code is not None
+        code = [item for item in self._request.code.values() if item is not None]
+        return {
+            **self._index.get_contents(wanted),
+            **{item.digest: item.to_content() for item in code},
+            **self._request.contents,
         }
-        return contents
 
 
 def _decide(

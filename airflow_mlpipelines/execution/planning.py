@@ -73,6 +73,7 @@ def plan_run(
     }
     code, snapshots = _read_code(graph, stores, snapshot=snapshot)
     environments, resolved = _resolve_environments(graph)
+    contents = {item.digest: dict(item.description) for item in resolved}
     request = PlanRequest(
         graph=graph,
         parameters=values,
@@ -81,12 +82,12 @@ def plan_run(
         external=_pin_external_data(graph, stores, cache),
         snapshots=snapshots,
         regenerate=_expand_regenerate(graph, regenerate),
+        contents=contents,
     )
     plan = plan_steps(request, index=index, verify=partial(missing_artifacts, stores=stores))
-    contents = {item.digest: dict(item.description) for item in resolved}
-    contents |= {item.digest: item.to_content() for item in code.values() if item is not None}
     if snapshot:
-        index.put_contents(contents)
+        code_contents = {item.digest: item.to_content() for item in code.values() if item}
+        index.put_contents({**contents, **code_contents})
     return plan
 
 

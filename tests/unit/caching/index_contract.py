@@ -191,6 +191,11 @@ class IndexContract:
         assert found == record
         assert math.isnan(nan.metrics["loss"])
 
+    def test_a_reason_may_quote_anything(self, index):
+        index.record_step_runs([make_run(reason="it said \x00\ud800é")])
+
+        assert index.find_step_runs()[0].reason == "it said \\0\\ud800é"
+
     def test_names_of_any_length_are_kept(self, index):
         record = make_run("s" * 1000, dag_id="d" * 1000, reason="r" * 5000)
         index.record_step_runs([record])
