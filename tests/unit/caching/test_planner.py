@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 
 from airflow_mlpipelines.caching.closure import CodeDigest
 from airflow_mlpipelines.caching.decision import Decision, MissReason
@@ -149,6 +150,18 @@ def test_nothing_changed_and_everything_is_reused(world):
     assert train.reason.startswith("nothing changed since 20")
     assert train.miss is None
     assert world.verified == [[f"memory://store/{step.id}/1" for step in world.graph.steps]]
+
+
+def test_a_chain_of_reused_steps_is_one_query(world):
+    world.run()
+    statements = []
+    sa.event.listen(
+        world.index.engine, "before_cursor_execute", lambda *call: statements.append(call[2])
+    )
+
+    world.plan()
+
+    assert len([text for text in statements if "SELECT" in text]) == 1
 
 
 def test_a_parameter_runs_only_the_steps_that_use_it(world):
