@@ -70,7 +70,7 @@ def _renew_until(leases: Leases, lease: Lease, over: threading.Event) -> None:
         if not still_held:
             log.warning(
                 "The lease was lost: this worker was away for over %s s, and somebody else may be "
-                "making the same outputs. Both results are whole; the first to commit is kept.",
+                "making the same outputs. Both results are whole; the last to commit is remembered.",
                 LEASE_SECONDS,
             )
             return

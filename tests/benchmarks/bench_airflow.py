@@ -1,0 +1,216 @@
+"""What a step costs on a real Airflow, against Airflow's own operators in the same Airflow.
+
+(a) A step on LocalCompute against a BashOperator that runs the same command, in a chain and in a fan-out.
+(b) A pipeline of 1000 steps, run again with nothing changed, against a DAG of one PythonOperator and 1000
+    tasks that it skips: how long the run takes, and how many task processes it starts.
+
+Run: ``python tests/benchmarks/bench_airflow.py [--steps 1000] [--rounds 3] [--json]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+from airflow_mlpipelines.cli.stack import AirflowStack
+from airflow_mlpipelines.submission.rest import AirflowClient
+
+LIMIT_STEP = 1.25
+LIMIT_REUSE = 1.5
+CHAIN, FAN = 20, 60
+DAGS = '''
+"""DAGs of the benchmark, for airflow."""
+from airflow.providers.standard.operators.bash import BashOperator
+from airflow.providers.standard.operators.python import PythonOperator
+from airflow.sdk import DAG
+from airflow.sdk.exceptions import DownstreamTasksSkipped
+from airflow_mlpipelines import CommandStep, Pipeline, PipelineData, Workspace
+
+ws = Workspace.from_config()
+COMMAND = ["sh", "-c", "echo hello"]
+
+def upstream_of(number):
+    if number < 10:
+        return []
+    return sorted({number - 10, number - 10 - number % 10 + (number + 3) % 10})
+
+def skip_all():
+    raise DownstreamTasksSkipped(tasks=[f"step_{number}" for number in range(STEPS)])
+
+with DAG("bash_chain", schedule=None, default_args={"weight_rule": "absolute"}):
+    before = BashOperator(task_id="first", bash_command="true")
+    for number in range(CHAIN):
+        task = BashOperator(task_id=f"step_{number}", bash_command="echo hello")
+        before >> task
+        before = task
+with DAG("bash_fan", schedule=None, default_args={"weight_rule": "absolute"}):
+    first = BashOperator(task_id="first", bash_command="true")
+    last = BashOperator(task_id="last", bash_command="true")
+    for number in range(FAN):
+        first >> BashOperator(task_id=f"step_{number}", bash_command="echo hello") >> last
+with DAG("skip_by_hand", schedule=None, default_args={"weight_rule": "absolute"}):
+    first = PythonOperator(task_id="first", python_callable=skip_all)
+    tasks = []
+    for number in range(STEPS):
+        task = BashOperator(task_id=f"step_{number}", bash_command="true", trigger_rule="none_failed")
+        (([tasks[index] for index in upstream_of(number)]) or first) >> task
+        tasks.append(task)
+
+chain = [CommandStep(COMMAND, name=f"step_{number}", version=f"c{number}") for number in range(CHAIN)]
+for earlier, later in zip(chain, chain[1:]):
+    later.run_after(earlier)
+step_chain = Pipeline(ws, chain, name="step_chain").to_dag()
+step_fan = Pipeline(
+    ws, [CommandStep(COMMAND, name=f"step_{n}", version=f"f{n}") for n in range(FAN)], name="step_fan"
+).to_dag()
+
+made, many = [], []
+for number in range(STEPS):
+    out = PipelineData(f"out_{number}")
+    inputs = [made[index] for index in upstream_of(number)]
+    many.append(
+        CommandStep(
+            ["sh", "-c", f"echo {number} > {out}"], name=f"step_{number}", inputs=inputs, outputs=[out]
+        )
+    )
+    made.append(out)
+reuse = Pipeline(ws, many, name="reuse").to_dag(max_active_tasks=32)
+'''
+
+
+def main() -> int:
+    """Print the figures; return 1 if one is over its limit."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="mlpipelines-bench-") as folder:
+        home = Path(folder)
+        (home / "dags").mkdir()
+        head = f"STEPS, CHAIN, FAN = {args.steps}, {CHAIN}, {FAN}\n"
+        (home / "dags" / "benchmark.py").write_text(head + DAGS)
+        with AirflowStack(home, home / "dags") as stack:
+            client = AirflowClient(stack.url, username=stack.username, password=stack.password)
+            results = [
+                *measure_steps(client, args.rounds),
+                measure_reuse(client, args.steps, args.rounds),
+            ]
+    for result in results:
+        print(json.dumps(result) if args.json else _show(result), flush=True)
+    return 0 if all(result["ratio"] <= result["limit"] for result in results) else 1
+
+
+def measure_steps(client: AirflowClient, rounds: int) -> list[dict[str, object]]:
+    """Return the time of a step against that of a BashOperator, in a chain and in a fan-out."""
+    results = []
+    for shape, count in (("chain", CHAIN), ("fan", FAN)):
+        for dag_id in (f"bash_{shape}", f"step_{shape}"):
+            run(client, dag_id)  # the first run after a start imports more
+        pairs = [
+            (
+                tasks_seconds(client, f"bash_{shape}", {}),
+                tasks_seconds(client, f"step_{shape}", {"regenerate_outputs": ["all"]}),
+            )
+            for _ in range(rounds)
+        ]
+        bash, step = (statistics.median(times) for times in zip(*pairs, strict=True))
+        results.append(
+            {
+                "benchmark": f"a step on LocalCompute, {shape} of {count}",
+                "baseline": "BashOperator with the same command",
+                "baseline_s_per_task": round(bash / count, 4),
+                "step_s_per_task": round(step / count, 4),
+                "ratio": round(step / bash, 2),
+                "limit": LIMIT_STEP,
+            }
+        )
+    return results
+
+
+def measure_reuse(client: AirflowClient, steps: int, rounds: int) -> dict[str, object]:
+    """Return the time of a run that reuses everything against that of tasks skipped by hand."""
+    report(f"Making {steps} steps for the first time")
+    run(client, "reuse", seconds=3600)
+    run(client, "skip_by_hand")
+    pairs, processes = [], 0
+    for _ in range(rounds):
+        _, by_hand = run(client, "skip_by_hand")
+        run_id, ours = run(client, "reuse")
+        started = [
+            task["task_id"]
+            for task in client.list_task_instances("reuse", run_id)
+            if task["try_number"] > 0
+        ]
+        processes = len([name for name in started if name != "finish"])
+        pairs.append((by_hand, ours))
+    hand, reuse = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return {
+        "benchmark": f"a run of {steps} unchanged steps",
+        "baseline": f"one PythonOperator and {steps} tasks skipped by it",
+        "baseline_s": round(hand, 2),
+        "reuse_s": round(reuse, 2),
+        "task_processes_for_the_decision": processes,
+        "ratio": round(reuse / hand, 2),
+        "limit": LIMIT_REUSE,
+    }
+
+
+def run(
+    client: AirflowClient, dag_id: str, conf: dict[str, object] | None = None, seconds: float = 300
+) -> tuple[str, float]:
+    """Run a DAG; return the run's id and Airflow's own seconds from its start to its end."""
+    deadline = time.monotonic() + seconds
+    while client.find_dag(dag_id) is None:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{dag_id} does not appear: {client.list_import_errors()}")
+        time.sleep(0.5)
+    client.unpause(dag_id)
+    run_id = client.trigger(dag_id, conf or {})
+    while True:
+        found = client.get_run(dag_id, run_id)
+        if found["state"] in ("success", "failed"):
+            break
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{dag_id} is not over after {seconds} s")
+        time.sleep(0.3)
+    if found["state"] != "success":
+        raise SystemExit(f"{dag_id} failed")
+    return run_id, parse(found["end_date"]) - parse(found["start_date"])
+
+
+def tasks_seconds(client: AirflowClient, dag_id: str, conf: dict[str, object]) -> float:
+    """Run a DAG; return the seconds from the start of its first step to the end of its last."""
+    run_id, _ = run(client, dag_id, conf)
+    tasks = [
+        task
+        for task in client.list_task_instances(dag_id, run_id)
+        if task["task_id"].startswith("step_")
+    ]
+    return max(parse(task["end_date"]) for task in tasks) - min(
+        parse(task["start_date"]) for task in tasks
+    )
+
+
+def parse(text: str) -> float:
+    """Return a point in time as seconds."""
+    return datetime.fromisoformat(text).timestamp()
+
+
+def report(line: str) -> None:
+    """Tell a person what goes on."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _show(result: dict[str, object]) -> str:
+    return "\n".join(f"{key}: {value}" for key, value in result.items()) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
