@@ -146,7 +146,11 @@ class IndexContract:
         found = index.find_entries([make_fingerprint(1), make_fingerprint(2)])
 
         assert set(found) == {make_fingerprint(2)}
-        (warning,) = caplog.messages
+        (warning,) = [
+            record.getMessage()
+            for record in caplog.records
+            if record.name.startswith("airflow_mlpipelines") and record.levelname == "WARNING"
+        ]
         assert make_fingerprint(1) in warning
         assert "miss" in warning
 
