@@ -184,15 +184,19 @@ class Workbench:
     def run_in_lost_worker(
         self, until: Callable[[], bool], *arguments: str | None, **options: Any
     ) -> None:
-        """Run a program from another process, and kill that with SIGKILL in the middle of it."""
+        """Run a program from another process, and kill that with SIGKILL in the middle of it.
+
+        With its process group, as Airflow's supervisor does.
+        """
         worker = os.fork()
         if worker == 0:
             try:
+                os.setpgid(0, 0)
                 self.run(*arguments, **options)
             finally:
                 os._exit(0)
         wait_until(until)
-        os.kill(worker, signal.SIGKILL)
+        os.killpg(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
 
     def path(self, name: str) -> Path:
@@ -526,7 +530,10 @@ class LauncherContract(ABC):
 
         bench.on_line = interrupt
         with pytest.raises(KeyboardInterrupt):
-            bench.run("print('go')\nimport beat; beat.beat('program')")
+            bench.run(
+                "import signal; signal.signal(15, signal.SIG_IGN)\n"
+                "print('go')\nimport beat; beat.beat('program')"
+            )
         assert bench.is_quiet()
         assert bench.handle.get() is None
 

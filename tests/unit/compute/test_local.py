@@ -187,6 +187,7 @@ def test_the_interpreter_keeps_the_paths_that_it_has_in_the_worker(
 
 def test_signals_mean_to_the_program_what_they_mean_to_any(bench: Workbench) -> None:
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     try:
         bench.run(
             """
@@ -198,6 +199,7 @@ def test_signals_mean_to_the_program_what_they_mean_to_any(bench: Workbench) -> 
         )
     finally:
         signal.signal(signal.SIGUSR1, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
     assert bench.lines == ["['SIGPIPE']", "[]"]  # which Python itself ignores
 
 

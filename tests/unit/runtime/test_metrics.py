@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def test_threads_and_forks_lose_and_repeat_no_number(tmp_path: Path) -> None:
     for _ in range(3):
         child = os.fork()  # in the middle of the threads' writing
         if child == 0:
+            signal.alarm(20)  # should it wait for a lock that nobody holds any more
             try:
                 log_some()
             finally:
@@ -53,7 +55,7 @@ def test_threads_and_forks_lose_and_repeat_no_number(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     for child in children:
-        os.waitpid(child, 0)
+        assert os.waitpid(child, 0)[1] == 0
     assert numbers(tmp_path) == list(range(1, 301))
 
 
