@@ -249,12 +249,14 @@ class MetadataIndex:
         *,
         dag_id: str | None = None,
         run_id: str | None = None,
+        task_id: str | None = None,
         step: str | None = None,
         limit: int = 1000,
     ) -> list[StepRunRecord]:
         """Return what happened, newest first."""
         query = sa.select(step_runs).order_by(step_runs.c.id.desc()).limit(limit)
-        for column, value in (("dag_id", dag_id), ("run_id", run_id), ("step", step)):
+        wanted = {"dag_id": dag_id, "run_id": run_id, "task_id": task_id, "step": step}
+        for column, value in wanted.items():
             if value is not None:
                 query = query.where(step_runs.c[column] == value)
         with (
