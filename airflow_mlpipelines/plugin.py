@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 from airflow.plugins_manager import AirflowPlugin
 
 
 class MLPipelinesPlugin(AirflowPlugin):
-    """Makes the package known to Airflow."""
+    """The page of what a step ran, and the link to it.
+
+    Only the api-server, and ``airflow plugins``, look at these attributes: they are made when looked
+    at, so that no other process imports FastAPI or our operators because of them.
+    """
 
     name = "mlpipelines"
+
+    @cached_property
+    def fastapi_apps(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The app that serves our pages."""
+        from airflow_mlpipelines.operators.links import URL_PREFIX
+        from airflow_mlpipelines.server.app import create_app
+
+        return [{"app": create_app(), "url_prefix": URL_PREFIX, "name": "ML pipelines"}]
+
+    @cached_property
+    def operator_extra_links(self) -> list[Any]:  # type: ignore[override]
+        """The button "What it ran" on the page of each step."""
+        from airflow_mlpipelines.operators.links import StepRunLink
+
+        return [StepRunLink()]

@@ -1,0 +1,1 @@
+"""Pages of the Airflow UI, served by the api-server."""
