@@ -7,6 +7,8 @@ from typing import Any
 
 from airflow.plugins_manager import AirflowPlugin
 
+from airflow_mlpipelines import preload
+
 
 class MLPipelinesPlugin(AirflowPlugin):
     """The page of what a step ran, and the link to it.
@@ -16,6 +18,7 @@ class MLPipelinesPlugin(AirflowPlugin):
     """
 
     name = "mlpipelines"
+    listeners = [preload]  # noqa: RUF012 - as Airflow declares it
 
     @cached_property
     def fastapi_apps(self) -> list[dict[str, Any]]:  # type: ignore[override]

@@ -31,9 +31,17 @@ def get_provider_info() -> dict[str, Any]:
         ],
         "config": {
             "mlpipelines": {
-                "description": "How values travel between tasks with "
+                "description": "Where the metadata is kept, and how values travel between tasks with "
                 "``[core] xcom_backend = airflow_mlpipelines.xcom.DataReferenceXComBackend``.",
                 "options": {
+                    "metadata_conn_id": {
+                        "description": "The Airflow connection of the metadata database, PostgreSQL, "
+                        "which every worker must reach. Empty: SQLite below ``$AIRFLOW_HOME``.",
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "mlpipelines_metadata",
+                        "default": "",
+                    },
                     "xcom_threshold_bytes": {
                         "description": "A value whose JSON is larger than this many bytes is kept in "
                         "the default datastore, and its XCom holds a reference.",

@@ -7,7 +7,9 @@ from pathlib import Path
 
 CONFIG_FILE_NAME = "mlpipelines.yaml"
 CONFIG_VARIABLE = "MLPIPELINES_CONFIG"
-METADATA_CONNECTION_ID = "mlpipelines_metadata"
+CONFIG_SECTION = "mlpipelines"
+"""Our section of Airflow's configuration; its options are listed in ``provider_info.py``."""
+METADATA_OPTION = "metadata_conn_id"
 METADATA_URL_VARIABLE = "MLPIPELINES_METADATA_URL"
 ECHO_VARIABLE = "MLPIPELINES_ECHO"
 """Set where a run goes on in a process that a person watches: steps print their lines there."""

@@ -32,14 +32,15 @@ from airflow_mlpipelines import settings
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from airflow_mlpipelines.caching.decision import RunPlan
     from airflow_mlpipelines.storage.stores import StoreSet
 
 DEFAULT_THRESHOLD_BYTES = 65_536
 """What Airflow's own task state store holds, and a row that the UI still shows at once."""
 
-_CONFIG_SECTION = "mlpipelines"
 _PLAN_KEY = "plan"
 _PLAN_TASK = "cache_sensor"
+_FINISH_TASK = "finish"
 _STEP_RUN_KEY = "step_run"
 _PLAIN_KEYS = frozenset({_PLAN_KEY, _STEP_RUN_KEY, "skipmixin_key"})
 """Read by the scheduler or over REST, where nothing resolves a reference."""
@@ -50,8 +51,8 @@ _COMPONENTS_WITHOUT_TASKS = frozenset({"api-server", "dag-processor", "triggerer
 class DataReferenceXComBackend(BaseXCom):
     """Airflow's XCom with two things more.
 
-    A pull from a step that was reused is answered from the plan of the run, so that nobody who pulls
-    needs to know. Values too large for a database row, or not JSON (DataFrames, arrays, models), go to
+    A pull from a step that was reused, or from ``finish``, is answered from the plan of the run, so that
+    nobody who pulls needs to know. Values too large for a database row, or not JSON (DataFrames, arrays, models), go to
     the default datastore by digest and come back as the value.
     """
 
@@ -103,7 +104,7 @@ class DataReferenceXComBackend(BaseXCom):
         if value is None and (plan_task := _plan_task(task_id, key)):
             # All of the one there is: Airflow logs an error where a single XCom is not found.
             plans = super().get_all(key=_PLAN_KEY, dag_id=dag_id, task_id=plan_task, run_id=run_id)
-            return _find_in_plan(plans, task_id, key)
+            return _answer_from_plan(plans, dag_id, run_id, task_id, key)
         return value
 
     @classmethod
@@ -118,7 +119,7 @@ class DataReferenceXComBackend(BaseXCom):
             plans = await super().aget_all(
                 key=_PLAN_KEY, dag_id=dag_id, task_id=plan_task, run_id=run_id
             )
-            return _find_in_plan(plans, task_id, key)
+            return _answer_from_plan(plans, dag_id, run_id, task_id, key)
         return value
 
     @classmethod
@@ -127,7 +128,7 @@ class DataReferenceXComBackend(BaseXCom):
         values = super().get_all(key=key, dag_id=dag_id, task_id=task_id, run_id=run_id, **options)
         if not values and (plan_task := _plan_task(task_id, key)):
             plans = super().get_all(key=_PLAN_KEY, dag_id=dag_id, task_id=plan_task, run_id=run_id)
-            value = _find_in_plan(plans, task_id, key)
+            value = _answer_from_plan(plans, dag_id, run_id, task_id, key)
             return values if value is None else [value]
         return values
 
@@ -143,7 +144,7 @@ class DataReferenceXComBackend(BaseXCom):
             plans = await super().aget_all(
                 key=_PLAN_KEY, dag_id=dag_id, task_id=plan_task, run_id=run_id
             )
-            value = _find_in_plan(plans, task_id, key)
+            value = _answer_from_plan(plans, dag_id, run_id, task_id, key)
             return values if value is None else [value]
         return values
 
@@ -159,14 +160,19 @@ def _plan_task(task_id: str, key: str) -> str | None:
     return f"{group}.{_PLAN_TASK}" if group else _PLAN_TASK
 
 
-def _find_in_plan(plans: list[Any] | None, task_id: str, key: str) -> Any:
-    """Return what a reused step would have pushed under ``key``, or None."""
-    plan = plans[0] if plans else None
-    if not isinstance(plan, dict) or "steps" not in plan:  # another task of that name, not ours
+def _answer_from_plan(
+    plans: list[Any] | None, dag_id: str, run_id: str, task_id: str, key: str
+) -> Any:
+    """Return what a task that no process ran for would have pushed under ``key``, or None."""
+    data = plans[0] if plans else None
+    if not isinstance(data, dict) or "steps" not in data:  # another task of that name, not ours
         return None
     from airflow_mlpipelines.caching.decision import Decision, RunPlan
 
-    decision = RunPlan.from_dict(plan).steps.get(task_id.rpartition(".")[2])
+    group, _, step_id = task_id.rpartition(".")
+    if step_id == _FINISH_TASK and key == BaseXCom.XCOM_RETURN_KEY:
+        return _summarize(RunPlan.from_dict(data), dag_id, run_id, f"{group}." if group else "")
+    decision = RunPlan.from_dict(data, only=(step_id,)).steps.get(step_id)
     if decision is None or decision.decision is not Decision.REUSE:
         return None
     if key == _STEP_RUN_KEY:
@@ -180,6 +186,16 @@ def _find_in_plan(plans: list[Any] | None, task_id: str, key: str) -> Any:
         }
     outputs = {name: artifact.to_dict() for name, artifact in decision.outputs.items()}
     return outputs if key == BaseXCom.XCOM_RETURN_KEY else outputs.get(key)
+
+
+def _summarize(plan: RunPlan, dag_id: str, run_id: str, prefix: str) -> dict[str, Any]:
+    """Return what the pipeline's last task offers: the summary of the run."""
+    from airflow_mlpipelines.caching.index import MetadataIndex
+    from airflow_mlpipelines.execution.summary import summarize_run
+    from airflow_mlpipelines.operators.connections import metadata_url
+
+    index = MetadataIndex(metadata_url())
+    return summarize_run(plan, index, dag_id=dag_id, run_id=run_id, prefix=prefix)
 
 
 # ---- values and rows -----------------------------------------------------------------------------
@@ -289,7 +305,9 @@ def _threshold_bytes() -> int:
     from airflow.sdk.configuration import conf
 
     return int(
-        conf.getint(_CONFIG_SECTION, "xcom_threshold_bytes", fallback=DEFAULT_THRESHOLD_BYTES)
+        conf.getint(
+            settings.CONFIG_SECTION, "xcom_threshold_bytes", fallback=DEFAULT_THRESHOLD_BYTES
+        )
     )
 
 
@@ -303,5 +321,5 @@ def _is_pickle_allowed() -> bool:
     if not has_supervisor or not _COMPONENTS_WITHOUT_TASKS.isdisjoint(sys.argv[1:2]):
         return False
     return settings.allow_pickle(
-        configured=conf.getboolean(_CONFIG_SECTION, "allow_pickle", fallback=False)
+        configured=conf.getboolean(settings.CONFIG_SECTION, "allow_pickle", fallback=False)
     )

@@ -10,7 +10,7 @@ from airflow_mlpipelines.exceptions import CacheError, DataError
 from airflow_mlpipelines.storage.artifact import Artifact
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from airflow_mlpipelines.definition.graph import ParameterValue
 
@@ -119,6 +119,7 @@ class RunPlan:
         external: What each piece of external data was pinned to, by ``<datastore>/<path>``; None
             where nothing was there.
         parameters: The run's parameters.
+        offers: The step and the output behind each output that the pipeline as a whole offers.
     """
 
     steps: Mapping[str, StepDecision]
@@ -127,6 +128,7 @@ class RunPlan:
     snapshots: Mapping[str, str] = field(default_factory=dict)
     external: Mapping[str, Artifact | None] = field(default_factory=dict)
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
+    offers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, the one in XCom. Texts that many steps share stand there once."""
@@ -152,11 +154,16 @@ class RunPlan:
                 for key, item in self.external.items()
             },
             "parameters": dict(self.parameters),
+            "offers": {name: list(place) for name, place in self.offers.items()},
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RunPlan:
+    def from_dict(cls, data: Mapping[str, Any], *, only: Collection[str] | None = None) -> RunPlan:
         """Return the plan that :meth:`to_dict` described.
+
+        Args:
+            data: The JSON form.
+            only: Ids of the steps whose decisions are wanted, where not all are.
 
         Raises:
             CacheError: It is none, or was made by another release.
@@ -172,6 +179,7 @@ class RunPlan:
                 steps={
                     step: StepDecision.from_dict({**item, "reason": texts[item["reason"]]})
                     for step, item in data["steps"].items()
+                    if only is None or step in only
                 },
                 code={
                     step: texts[place] if place is not None else None
@@ -184,6 +192,7 @@ class RunPlan:
                     for key, item in data["external"].items()
                 },
                 parameters=data["parameters"],
+                offers={name: (step, output) for name, (step, output) in data["offers"].items()},
             )
         except (DataError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CacheError(f"the plan of this run is damaged: {error!r}") from error

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from airflow_mlpipelines.caching.schema import open_engine
-from airflow_mlpipelines.caching.tables import cache_entries, contents, step_runs
+from airflow_mlpipelines.caching.tables import cache_entries, contents, plans, step_runs
 from airflow_mlpipelines.exceptions import CacheError, DataError
 from airflow_mlpipelines.storage.artifact import Artifact
 
@@ -225,6 +225,26 @@ class MetadataIndex:
             rows = connection.execute(sa.select(contents).where(wanted)).all()
         return {row.digest: row.content for row in rows if isinstance(row.content, dict)}
 
+    # ---- plans -----------------------------------------------------------------------------
+
+    def put_plan(self, dag_id: str, run_id: str, task_id: str, plan: Mapping[str, Any]) -> None:
+        """Keep the plan that a task made for its run; it replaces an earlier one of that task."""
+        row = {"dag_id": dag_id, "run_id": run_id, "task_id": task_id, "plan": dict(plan)}
+        with database_errors(), self.engine.begin() as connection:
+            upsert(connection, plans, [row], update=True)
+
+    def find_plan(self, dag_id: str, run_id: str, task_id: str) -> dict[str, Any] | None:
+        """Return the plan that a task made for its run, in its JSON form, or None."""
+        query = sa.select(plans.c.plan).where(
+            plans.c.dag_id == dag_id, plans.c.run_id == run_id, plans.c.task_id == task_id
+        )
+        with (
+            database_errors(),
+            self.engine.connect().execution_options(reads_only=True) as connection,
+        ):
+            found: dict[str, Any] | None = connection.execute(query).scalar()
+        return found
+
     # ---- step runs -------------------------------------------------------------------------
 
     def record_step_runs(self, records: Sequence[StepRunRecord]) -> None:
@@ -251,9 +271,9 @@ class MetadataIndex:
         run_id: str | None = None,
         task_id: str | None = None,
         step: str | None = None,
-        limit: int = 1000,
+        limit: int | None = 1000,
     ) -> list[StepRunRecord]:
-        """Return what happened, newest first."""
+        """Return what happened, newest first; all of it if ``limit`` is None."""
         query = sa.select(step_runs).order_by(step_runs.c.id.desc()).limit(limit)
         wanted = {"dag_id": dag_id, "run_id": run_id, "task_id": task_id, "step": step}
         for column, value in wanted.items():

@@ -79,6 +79,7 @@ def plan_steps(request: PlanRequest, *, index: MetadataIndex, verify: Verify) ->
         snapshots=request.snapshots,
         external=request.external,
         parameters=request.parameters,
+        offers=request.graph.offers,
     )
 
 

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 
 VERSION_TABLE = "mlp_alembic_version"
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration, so that a process that finds it in the database need not import Alembic."""
-_KNOWN = (HEAD,)
+_KNOWN = ("0001", HEAD)
 _DRIVERS = {"postgres": "postgresql+psycopg2", "postgresql": "postgresql+psycopg2"}
 """The driver of the extra 'postgres': which one SQLAlchemy takes by itself changes with its releases."""
 _BUSY_SECONDS = 30
 _ADVISORY_LOCK = 0x6D6C7069
 _KEPT_ENGINES = 8
+_NAMED_BY = f"[{settings.CONFIG_SECTION}] {settings.METADATA_OPTION} in Airflow's configuration"
 
 _engines: dict[str, Engine] = {}
 _opening = threading.Lock()
@@ -63,8 +64,8 @@ def _open(url: str) -> Engine:
             engine = sa.create_engine(parsed, pool_pre_ping=True, pool_size=2, max_overflow=4)
     except (SQLAlchemyError, ImportError) as error:
         raise CacheError(
-            f"the Airflow connection {settings.METADATA_CONNECTION_ID!r} names no database that can be "
-            f"used: {type(error).__name__}. Use SQLite, or PostgreSQL with the extra 'postgres'."
+            f"the metadata database's address can't be used: {type(error).__name__}. Let {_NAMED_BY} "
+            "name SQLite, or PostgreSQL with the extra 'postgres'."
         ) from error
     try:
         if _find_version(engine) != HEAD:
@@ -73,7 +74,7 @@ def _open(url: str) -> Engine:
         cause = error.orig if isinstance(error, DBAPIError) else error
         raise CacheError(
             f"the metadata database {parsed.render_as_string(hide_password=True)} can't be used: "
-            f"{cause}. It is named by the Airflow connection {settings.METADATA_CONNECTION_ID!r}."
+            f"{cause}. It is named by {_NAMED_BY}."
         ) from error
     return engine
 

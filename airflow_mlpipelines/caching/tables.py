@@ -95,6 +95,16 @@ leases = Table(
 )
 """Who is making what right now. Times are seconds since 1970 by the database's clock."""
 
+plans = Table(
+    "mlp_plans",
+    metadata,
+    Column("dag_id", Text, primary_key=True),
+    Column("run_id", Text, primary_key=True),
+    Column("task_id", Text, primary_key=True),
+    Column("plan", JsonText, nullable=False),
+)
+"""What each run decided when it started; the task is the one that decided."""
+
 step_runs = Table(
     "mlp_step_runs",
     metadata,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_mlpipelines._digest import digest
@@ -77,7 +78,7 @@ class ResolvedEnvironment:
     cacheable: bool = True
     problem: str | None = None
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """64 hex digits. An image's name does not count, its digest does."""
         counted = {key: value for key, value in self.description.items() if key != "image"}

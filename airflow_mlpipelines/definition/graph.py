@@ -370,6 +370,16 @@ class PipelineGraph(SpecModel):
                 return step
         raise KeyError(step_id)
 
+    @property
+    def offers(self) -> dict[str, tuple[str, str]]:
+        """The step and the output behind each output that the pipeline as a whole offers, by its name."""
+        return {
+            output.pipeline_output_name: (step.id, output.name)
+            for step in self.steps
+            for output in step.outputs
+            if output.pipeline_output_name
+        }
+
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """Return the JSON Schema of this format, as published in ``docs/pipeline-graph.schema.json``."""

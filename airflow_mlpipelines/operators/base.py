@@ -25,8 +25,8 @@ class StepOperator(BaseOperator):
     """Runs one step of a pipeline on whatever compute it names, or reuses its earlier outputs.
 
     Its XComs: one per output, with the output's name as the key and an Artifact as the value;
-    ``return_value`` with all of them; ``step_run``, which says how the step came to them; ``metrics``,
-    if its program logged any. A reused step ends ``skipped``, with the same XComs.
+    ``return_value`` with all of them, if there are any; ``step_run``, which says how the step came to them, or
+    why it failed; ``metrics``, if its program logged any. A reused step ends ``skipped``, with the same XComs.
 
     The compiler makes these; they are not meant to be written by hand.
     """
@@ -58,16 +58,17 @@ class StepOperator(BaseOperator):
         """What task groups put before the ids of this pipeline's tasks; may be empty."""
         return self.task_id[: -len(self.step.id)]
 
-    def execute(self, context: Context) -> dict[str, Any]:
-        """Return each output's name with its Artifact, in the JSON form.
+    def execute(self, context: Context) -> dict[str, Any] | None:
+        """Return each output's name with its Artifact, in the JSON form; None if the step has no outputs.
 
         Raises:
             AirflowSkipException: The outputs were reused, or a required input was neither made nor
                 reused, because a branch was not taken.
             AirflowFailException: It failed in a way that a retry would only repeat.
             StepFailedError: It failed; Airflow's retries apply.
+            DataError: An input can't be had, or an output was not made; so too.
         """
-        from airflow_mlpipelines.exceptions import StepFailedError
+        from airflow_mlpipelines.exceptions import DataError, StepFailedError
         from airflow_mlpipelines.execution.heartbeat import LeaseHeldError
         from airflow_mlpipelines.operators.carrying_out import make_runner
 
@@ -77,16 +78,20 @@ class StepOperator(BaseOperator):
         except LeaseHeldError as error:
             self._wait_for_lease(error)
             raise
-        except StepFailedError as error:
-            if error.retryable:
-                raise
-            raise AirflowFailException(str(error)) from error
+        except (StepFailedError, DataError) as error:
+            failure = {"state": "failed", "reason": str(error).partition("\n")[0]}
+            context["ti"].xcom_push(key=STEP_RUN_KEY, value=failure)
+            if isinstance(error, StepFailedError) and not error.retryable:
+                raise AirflowFailException(str(error)) from error
+            raise
         outputs = self._push(context, result)
         if result.state == "reused":
             raise AirflowSkipException(f"Reused: {result.reason}.")
-        return outputs
+        return (
+            outputs or None
+        )  # Airflow would push an empty one, too, and each push costs a request
 
-    def resume(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
+    def resume(self, context: Context, event: dict[str, Any]) -> dict[str, Any] | None:
         """Go on after waiting for whoever was making the same outputs: look again."""
         self.log.info("The step that this one waited for is over: %s", event["reason"])
         return self.execute(context)
@@ -113,6 +118,8 @@ class StepOperator(BaseOperator):
         ti.xcom_push(key=STEP_RUN_KEY, value=result.to_dict())
         if result.metrics:
             ti.xcom_push(key=METRICS_KEY, value=dict(result.metrics))
-        if result.state == "reused":  # a skipped task's return value is not pushed by Airflow
+        if (
+            result.state == "reused" and outputs
+        ):  # a skipped task's return value is not pushed by Airflow
             ti.xcom_push(key="return_value", value=outputs)
         return outputs

@@ -14,7 +14,7 @@ from airflow_mlpipelines.caching.decision import Decision, RunPlan
 from airflow_mlpipelines.caching.index import MetadataIndex
 from airflow_mlpipelines.caching.planner import external_key
 from airflow_mlpipelines.compute.launchers import make_launcher
-from airflow_mlpipelines.definition.graph import ExternalDataSpec
+from airflow_mlpipelines.definition.graph import ExternalDataSpec, StepOutputRef
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.execution.handles import FileHandle
 from airflow_mlpipelines.execution.identity import TaskIdentity
@@ -24,7 +24,7 @@ from airflow_mlpipelines.storage.artifact import Artifact
 from airflow_mlpipelines.storage.stat_cache import StatCache
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from airflow.sdk import Context
     from airflow.sdk.types import RuntimeTaskInstanceProtocol
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.operators.base import StepOperator
 
 CACHE_SENSOR_TASK = "cache_sensor"
-PLAN_KEY = "plan"
 _HANDLE_KEY = "mlpipelines_launch"
 
 
@@ -47,7 +46,10 @@ def make_runner(operator: StepOperator, context: Context) -> StepRunner:
     """
     ti = context["ti"]
     step, graph = operator.step, operator.graph
-    plan = pull_plan(ti, operator.prefix)
+    index = MetadataIndex(metadata_url())
+    producers = [item.source for item in step.inputs if isinstance(item.source, StepOutputRef)]
+    needed = {step.id, *(source.step for source in producers)}
+    plan = find_plan(index, ti, operator.prefix, only=needed)
     if step.id not in plan.steps:
         raise DataError(
             f"step {step.name!r} is not in the plan of this run: the DAG changed while it was running. "
@@ -57,7 +59,7 @@ def make_runner(operator: StepOperator, context: Context) -> StepRunner:
         ti.dag_id, ti.run_id, ti.task_id, ti.map_index or -1, ti.max_tries, ti.try_number
     )
     services = Services(
-        index=MetadataIndex(metadata_url()),
+        index=index,
         stores=open_stores(graph),
         launcher=make_launcher(graph.computes[step.compute]),
         handle=_make_handle(operator, context, identity),
@@ -89,19 +91,27 @@ def _make_emit(operator: StepOperator) -> Emit:
     return to_terminal if os.environ.get(settings.ECHO_VARIABLE) else to_log
 
 
-def pull_plan(ti: RuntimeTaskInstanceProtocol, prefix: str) -> RunPlan:
-    """Return the plan that the run's first task made.
+def find_plan(
+    index: MetadataIndex,
+    ti: RuntimeTaskInstanceProtocol,
+    prefix: str,
+    *,
+    only: Collection[str] | None = None,
+) -> RunPlan:
+    """Return the plan that the run's first task made, with the decisions for all steps or ``only`` some.
+
+    From the metadata database: as an XCom it would go through Airflow's API server for every step.
 
     Raises:
         DataError: There is none.
     """
     task_id = f"{prefix}{CACHE_SENSOR_TASK}"
-    data = ti.xcom_pull(task_ids=task_id, key=PLAN_KEY)
+    data = index.find_plan(ti.dag_id, ti.run_id, task_id)
     if data is None:
         raise DataError(
             f"the task {task_id!r} of this run has left no plan. Clear it and the tasks after it."
         )
-    return RunPlan.from_dict(data)
+    return RunPlan.from_dict(data, only=only)
 
 
 def _why_forced(

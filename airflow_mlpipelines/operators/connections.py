@@ -19,13 +19,26 @@ if TYPE_CHECKING:
 def metadata_url() -> str:
     """Return the SQLAlchemy URL of the metadata database.
 
-    That of the Airflow connection ``mlpipelines_metadata``, wherever Airflow keeps it; without one,
-    SQLite below ``$AIRFLOW_HOME``. Runs in task, triggerer and command-line processes.
+    That of the Airflow connection which ``[mlpipelines] metadata_conn_id`` names; where it names none,
+    SQLite below ``$AIRFLOW_HOME``. Runs in task, triggerer, api-server and command-line processes.
+
+    Raises:
+        DataError: The connection does not exist, or is to no database that can be used.
     """
-    connection = _find_connection(settings.METADATA_CONNECTION_ID)
-    if connection is None:
+    from airflow.sdk.configuration import conf
+
+    conn_id = conf.get(settings.CONFIG_SECTION, settings.METADATA_OPTION, fallback="")
+    # Without a name nothing is asked: a look-up costs every step a request, and a secrets backend.
+    if not conn_id:
         return settings.default_metadata_url()
-    return _sqlalchemy_url(connection)
+    connection = _find_connection(conn_id)
+    if connection is None:
+        raise DataError(
+            f"[{settings.CONFIG_SECTION}] {settings.METADATA_OPTION} names the Airflow connection "
+            f"{conn_id!r}, which does not exist. "
+            f"Add it with `airflow connections add {conn_id} --conn-uri postgres://…`."
+        )
+    return _sqlalchemy_url(conn_id, connection)
 
 
 def open_stores(graph: PipelineGraph) -> StoreSet:
@@ -80,7 +93,7 @@ def _find_connection(conn_id: str) -> Connection | None:
     return found
 
 
-def _sqlalchemy_url(connection: Connection) -> str:
+def _sqlalchemy_url(conn_id: str, connection: Connection) -> str:
     """Return the connection as SQLAlchemy wants it, whose schemes are not Airflow's types."""
     extra: dict[str, Any] = connection.extra_dejson
     if "url" in extra:
@@ -91,8 +104,7 @@ def _sqlalchemy_url(connection: Connection) -> str:
     driver = drivers.get(connection.conn_type or "")
     if driver is None:
         raise DataError(
-            f"the Airflow connection {settings.METADATA_CONNECTION_ID!r} is of type "
-            f"{connection.conn_type!r}; the metadata database can be {sorted(set(drivers.values()))}."
+            f"the Airflow connection {conn_id!r} is of type {connection.conn_type!r}; the metadata database can be {sorted(set(drivers.values()))}."
         )
     if driver == "sqlite":
         return f"sqlite:///{connection.host or connection.schema}"

@@ -1,4 +1,4 @@
-"""The last task of a pipeline: its summary, and what other tasks are chained to."""
+"""The last task of a pipeline: what other tasks are chained to."""
 
 from __future__ import annotations
 
@@ -15,26 +15,34 @@ _FINISH_TASK = "finish"
 
 
 class FinishOperator(BaseOperator):
-    """Returns what the run did and offers, once every step has run or was reused.
+    """Succeeds once every step has run or was reused; the run fails without it if a step failed.
 
-    Its ``return_value``: ``{"ran": n, "reused": n, "skipped": n, "seconds_saved": s, "outputs":
-    {name: artifact}}``, with the outputs that have a ``pipeline_output_name``. It does not run, and
-    the run fails, if a step failed.
+    It starts no process: the scheduler itself sees to it, as with Airflow's EmptyOperator. What the
+    run did as a whole is its ``return_value`` all the same, made when a task pulls it, by
+    :class:`~airflow_mlpipelines.xcom.DataReferenceXComBackend`; see
+    :func:`~airflow_mlpipelines.execution.summary.summarize_run` for its form.
     """
 
     ui_color = "#eef3ee"
     custom_operator_name = "Finish"
+    inherits_from_empty_operator = True
 
     def __init__(self, *, graph: PipelineGraph, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.graph = graph
 
     def execute(self, context: Context) -> dict[str, Any]:
-        """Return the run's summary."""
-        from airflow_mlpipelines.operators.summary import summarize_run
+        """Return the run's summary: where callbacks or outlets make Airflow start a process for it."""
+        from airflow_mlpipelines.caching.index import MetadataIndex
+        from airflow_mlpipelines.execution.summary import summarize_run
+        from airflow_mlpipelines.operators.carrying_out import find_plan
+        from airflow_mlpipelines.operators.connections import metadata_url
 
+        ti = context["ti"]
         prefix = self.task_id[: -len(_FINISH_TASK)]
-        summary = summarize_run(self.graph, context["ti"], prefix)
+        index = MetadataIndex(metadata_url())
+        plan = find_plan(index, ti, prefix)
+        summary = summarize_run(plan, index, dag_id=ti.dag_id, run_id=ti.run_id, prefix=prefix)
         self.log.info(
             "%s steps ran, %s were reused, %s were skipped. Reuse saved %.1f s of work.",
             summary["ran"],

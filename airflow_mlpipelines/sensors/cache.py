@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseSensorOperator
 from airflow.sdk.exceptions import AirflowFailException, DownstreamTasksSkipped
 
-from airflow_mlpipelines.definition.graph import REGENERATE_OUTPUTS, ExternalDataSpec
+from airflow_mlpipelines.definition.graph import ExternalDataSpec
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -72,6 +72,7 @@ class CacheSensor(BaseSensorOperator):
         except DefinitionError as error:
             raise AirflowFailException(str(error)) from error
         context["ti"].xcom_push(key="plan", value=plan.to_dict())
+        _push_offered_outputs(plan, context, prefix)
         self._log_plan(plan)
         reused = [
             f"{prefix}{step_id}"
@@ -90,4 +91,21 @@ class CacheSensor(BaseSensorOperator):
         self.log.info("The plan of this run:\n%s", "\n".join(lines))
 
 
-__all__ = ["REGENERATE_OUTPUTS", "CacheSensor"]
+def _push_offered_outputs(plan: RunPlan, context: Context, prefix: str) -> None:
+    """Push what the pipeline as a whole offers and reuses, as if the steps had run.
+
+    Tasks find the outputs of every reused step in the plan. Who asks over REST finds these few where
+    they are when the step runs.
+    """
+    from airflow.sdk.execution_time.xcom import XCom
+
+    ti = context["ti"]
+    for step_id, output in plan.offers.values():
+        if output in (made := plan.steps[step_id].outputs):
+            XCom.set(
+                key=output,
+                value=made[output].to_dict(),
+                dag_id=ti.dag_id,
+                task_id=f"{prefix}{step_id}",
+                run_id=ti.run_id,
+            )

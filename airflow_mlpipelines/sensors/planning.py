@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def make_plan(graph: PipelineGraph, context: Context, prefix: str) -> RunPlan:
-    """Return the plan of the run that this task instance belongs to; record what it reuses."""
+    """Return the plan of the run that this task instance belongs to; keep it, and what it reuses."""
     params = context["params"]
     index = MetadataIndex(metadata_url())
     plan = plan_run(
@@ -31,6 +31,8 @@ def make_plan(graph: PipelineGraph, context: Context, prefix: str) -> RunPlan:
         stores=open_stores(graph),
         cache=StatCache(settings.stat_cache_file()),
     )
+    ti = context["ti"]
+    index.put_plan(ti.dag_id, ti.run_id, ti.task_id, plan.to_dict())
     index.record_step_runs(_reused_steps(graph, plan, context, prefix))
     return plan
 

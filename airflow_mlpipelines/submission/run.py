@@ -12,7 +12,7 @@ from airflow_mlpipelines.exceptions import CacheError, SubmissionError
 from airflow_mlpipelines.storage.artifact import Artifact, is_artifact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from airflow_mlpipelines.definition.graph import PipelineGraph
 
@@ -123,11 +123,15 @@ class PipelineRun:
 
     def get_steps(self) -> list[StepRun]:
         """Return what every step did so far, in the order of the pipeline."""
+        return self._read_steps()
+
+    def _read_steps(self, *, but: Collection[str] = ()) -> list[StepRun]:
         tasks = {task["task_id"]: task for task in self._source.list_tasks()}
         plan = self._find_plan()
         return [
             self._read_step(step.id, step.name, tasks.get(step.id), plan)
             for step in self._graph.steps
+            if step.id not in but
         ]
 
     def find_step_run(self, name: str) -> list[StepRun]:
@@ -140,12 +144,7 @@ class PipelineRun:
         Raises:
             SubmissionError: There is none of this name, or it was not made.
         """
-        offered = {
-            output.pipeline_output_name: (step.id, output.name)
-            for step in self._graph.steps
-            for output in step.outputs
-            if output.pipeline_output_name
-        }
+        offered = self._graph.offers
         if pipeline_output_name not in offered:
             raise SubmissionError(
                 f"pipeline {self._graph.name!r} offers no output {pipeline_output_name!r}; it offers "
@@ -190,10 +189,8 @@ class PipelineRun:
         told: set[str] = set()
         while True:
             over = self._source.get_state() in ("success", "failed")
-            for step in self.get_steps():
-                if step.task_id not in told and (
-                    over or step.state not in ("not_started", "running")
-                ):
+            for step in self._read_steps(but=told):
+                if over or step.state not in ("not_started", "running"):
                     told.add(step.task_id)
                     report(step)
             if over:
@@ -232,6 +229,10 @@ class PipelineRun:
         state = str((task or {}).get("state") or "none")
         decision = plan.steps.get(step_id) if plan is not None else None
         reason = decision.reason if decision is not None else ""
+        if state == "skipped" and decision is not None and decision.decision is Decision.REUSE:
+            outputs = {key: item.to_dict() for key, item in decision.outputs.items()}
+            saved = decision.seconds_saved or 0.0
+            return StepRun(name, step_id, "reused", reason, 0.0, saved, outputs)
         if state in ("success", "skipped"):
             record = self._source.find_xcom(step_id, "step_run")
             if isinstance(record, dict):
@@ -244,12 +245,12 @@ class PipelineRun:
                     record.get("seconds_saved") or 0.0,
                     self._source.find_xcom(step_id, "return_value") or {},
                 )
-            if decision is not None and decision.decision is Decision.REUSE:
-                outputs = {key: item.to_dict() for key, item in decision.outputs.items()}
-                saved = decision.seconds_saved or 0.0
-                return StepRun(name, step_id, "reused", reason, 0.0, saved, outputs)
             return StepRun(name, step_id, "skipped", "an input was not made in this run")
         if state == "failed":
+            record = self._source.find_xcom(step_id, "step_run")
+            reason = (
+                record["reason"] if isinstance(record, dict) else "its task failed; see its log"
+            )
             return StepRun(name, step_id, "failed", reason, (task or {}).get("duration") or 0.0)
         if state == "upstream_failed":
             return StepRun(name, step_id, "not_started", "a step before it failed")

@@ -13,7 +13,7 @@ from airflow_mlpipelines.exceptions import SubmissionError
 pytestmark = pytest.mark.stack
 
 DAGS = Path(__file__).parents[2] / "dags"
-GROUP = '''
+GROUP = r'''
 """A pipeline inside somebody's own DAG of airflow."""
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG
@@ -27,7 +27,10 @@ with DAG("grouped", schedule=None):
     group = Pipeline(Workspace.from_config(), [make, show], name="steps").to_task_group()
     notify = BashOperator(
         task_id="notify",
-        bash_command="echo '{{ ti.xcom_pull(task_ids=\\"steps.make\\", key=\\"made\\")[\\"size\\"] }} bytes'",
+        bash_command="""
+            echo '{{ ti.xcom_pull(task_ids="steps.make", key="made")["size"] }} bytes'
+            echo '{{ ti.xcom_pull(task_ids="steps.finish") }}'
+        """,
     )
     load >> group >> notify
 '''
@@ -106,9 +109,18 @@ def test_a_run_over_rest_and_a_second_one_that_reuses_it(airflow):
         "publish": "skipped",
         "finish": "success",
     }
-    summary = airflow.find_xcom("first_pipeline", second, "finish", "return_value")
-    assert (summary["ran"], summary["reused"]) == (0, 2)
-    assert summary["outputs"]["report"] == artifact
+    assert airflow.find_xcom("first_pipeline", second, "publish", "report") == artifact
+    plan = airflow.find_xcom("first_pipeline", second, "cache_sensor", "plan")
+    assert {name: step["decision"] for name, step in plan["steps"].items()} == {
+        "count": "reuse",
+        "publish": "reuse",
+    }
+    started = {
+        task["task_id"]
+        for task in airflow.list_task_instances("first_pipeline", second)
+        if task["pid"]
+    }
+    assert started == {"cache_sensor"}  # the one process of a run that reuses everything
 
 
 def test_a_parameter_is_checked_and_reruns_the_step_that_uses_it(airflow):
@@ -141,12 +153,13 @@ def test_clearing_a_reused_step_runs_it(airflow):
 
 
 def test_what_is_chained_behind_a_group_runs_whether_steps_ran_or_not(airflow):
-    for expected in ("success", "skipped"):
+    for expected, counts in (("success", "'ran': 2"), ("skipped", "'reused': 2")):
         run_id, states = run(airflow, "grouped")
         assert states["steps.make"] == states["steps.show"] == expected
         assert states["notify"] == "success"
         log = airflow.get_log("grouped", run_id, "notify", 1)
         assert any("6 bytes" in line for line in log)
+        assert any(counts in line for line in log)  # the summary of a task that started no process
 
 
 def test_two_runs_that_want_the_same_work_do_it_once(airflow):

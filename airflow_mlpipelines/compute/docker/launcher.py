@@ -64,6 +64,7 @@ _PLAN_TIMEOUT = 15
 _KILL_TIMEOUT = 1
 _LOG_END_SECONDS = 0.4
 _TAIL_LINES = 50
+_TAIL_CHARACTERS = 2000
 _OWNER_FILE = "docker-owner"
 
 
@@ -145,7 +146,7 @@ class DockerLauncher(Launcher):
         tail: deque[str] = deque(maxlen=_TAIL_LINES)
 
         def hand_on(line: str) -> None:
-            tail.append(line)
+            tail.append(line[:_TAIL_CHARACTERS])
             emit(line)
 
         self._claim(launch)

@@ -12,6 +12,8 @@ from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from airflow_mlpipelines.compute.log_lines import LineFolder
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -24,7 +26,6 @@ _HEADER = struct.Struct(
 )  # the stream (1: stdout, 2: stderr) and the length of what follows
 _CONNECT_SECONDS = 10.0
 _SILENCE_SECONDS = 10.0
-_LONGEST_LINE = 256 * 1024
 _KEPT_SECONDS = 2
 _SECOND = len("2026-01-31T12:34:56")
 _CLOCK_STEP_SECONDS = 60
@@ -102,28 +103,6 @@ class LogPosition:
         return True
 
 
-class LineAssembler:
-    """Makes lines of what two streams write, each for itself."""
-
-    def __init__(self) -> None:
-        self._pending: dict[int, bytes] = {}
-
-    def feed(self, entry: LogEntry) -> Iterator[str]:
-        """Yield the lines that ``entry`` completes. A line of more than 256 KiB comes in pieces."""
-        data = self._pending.pop(entry.stream, b"") + entry.data
-        *lines, rest = data.split(b"\n")
-        yield from map(_text, lines)
-        if len(rest) >= _LONGEST_LINE:
-            yield _text(rest)
-        elif rest:
-            self._pending[entry.stream] = rest
-
-    def finish(self) -> Iterator[str]:
-        """Yield the last lines of a log that does not end with a line end."""
-        pending, self._pending = self._pending, {}
-        yield from map(_text, pending.values())
-
-
 class LogFollower:
     """Hands the lines of one container's log on, in order, each of them once."""
 
@@ -132,7 +111,8 @@ class LogFollower:
         self._container = container
         self._emit = emit
         self._position = LogPosition()
-        self._assembler = LineAssembler()
+        # A folder a stream: a line of the one may arrive in the middle of a line of the other.
+        self._folders: dict[int, LineFolder] = {}
 
     def read(self, *, follow: bool) -> None:
         """Hand on what was not read yet; with ``follow``, until the container ends.
@@ -142,13 +122,15 @@ class LogFollower:
         """
         for entry in self._entries(follow=follow):
             if self._position.is_new(entry):
-                for line in self._assembler.feed(entry):
+                folder = self._folders.setdefault(entry.stream, LineFolder())
+                for line in folder.feed(entry.data):
                     self._emit(line)
 
     def finish(self) -> None:
         """Hand on the rest of a log whose container has ended."""
-        for line in self._assembler.finish():
-            self._emit(line)
+        for folder in self._folders.values():
+            for line in folder.finish():
+                self._emit(line)
 
     def _entries(self, *, follow: bool) -> Iterator[LogEntry]:
         # Not APIClient.logs(): it drops which stream a piece belongs to, the silence limit, and how
@@ -175,9 +157,3 @@ class LogFollower:
 
 def _epoch(second: str) -> float:
     return datetime.fromisoformat(second).replace(tzinfo=UTC).timestamp()
-
-
-def _text(line: bytes) -> str:
-    """Return the line as text; of a progress bar, which writes over itself, its last state."""
-    shown = line.rstrip(b"\r").rpartition(b"\r")[2]
-    return shown.decode("utf-8", "replace")

@@ -34,6 +34,20 @@ def docker_cli(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def find_containers(step_run_id: str) -> list[str]:
+    """Return the ids of all containers of a step run, alive or not."""
+    label = f"label=airflow-mlpipelines.step_run={step_run_id}"
+    return docker_cli("ps", "-a", "--no-trunc", "-q", "--filter", label).split()
+
+
+def remove_containers(step_run_id: str) -> list[str]:
+    """Remove what a test has left, and return it."""
+    left = find_containers(step_run_id)
+    if left:
+        docker_cli("rm", "-f", "-v", *left)
+    return left
+
+
 def wait_until(condition: Callable[[], Any], what: str) -> Any:
     """Return the condition's first true value."""
     deadline = time.monotonic() + WAIT_SECONDS
@@ -139,8 +153,7 @@ class DockerStep:
     @property
     def containers(self) -> list[str]:
         """Every container of this step run, alive or not."""
-        label = f"label=airflow-mlpipelines.step_run={self.name}"
-        return docker_cli("ps", "-a", "--no-trunc", "-q", "--filter", label).split()
+        return find_containers(self.name)
 
     def inspect(self) -> dict[str, Any]:
         found: list[dict[str, Any]] = json.loads(docker_cli("inspect", self.name) or "[]")
@@ -154,19 +167,20 @@ class DockerStep:
         for worker in self.workers:
             worker.kill()
             worker.join()
-        if self.containers:
-            docker_cli("rm", "-f", "-v", *self.containers)
+        remove_containers(self.name)
 
 
 @pytest.fixture(scope="session")
-def _image() -> None:
+def image() -> str:
     require_docker()
     if not docker_cli("images", "-q", IMAGE):
         missing(f"the Docker daemon has no image {IMAGE} (.ci/python-image.sh makes one)")
+    return IMAGE
 
 
 @pytest.fixture
-def step(_image: None, tmp_path: Path) -> Iterator[DockerStep]:
+def step(image: str, tmp_path: Path) -> Iterator[DockerStep]:
+    assert image
     made = DockerStep(tmp_path)
     try:
         yield made

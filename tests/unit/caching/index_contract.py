@@ -373,8 +373,34 @@ class IndexContract:
             connection.execute(sa.text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
         forget_engines()
 
-        with pytest.raises(CacheError, match=r"version '9999'.* newer release .*'0001'"):
+        with pytest.raises(CacheError, match=rf"version '9999'.* newer release .*'{HEAD}'"):
             MetadataIndex(url).find_entries([])
+
+    def test_a_database_of_an_earlier_release_is_brought_to_this_one(self, url):
+        from alembic import command
+
+        engine = open_engine(url)
+        with engine.begin() as connection:
+            command.downgrade(make_alembic_config(connection), "0001")
+        MetadataIndex(url).put_entry(make_entry(1))
+        forget_engines()
+
+        index = MetadataIndex(url)
+        index.put_plan("dag", "run", "cache_sensor", {"version": 1})
+
+        assert index.find_plan("dag", "run", "cache_sensor") == {"version": 1}
+        assert len(index.list_entries()) == 1
+
+    # ---- plans
+
+    def test_a_plan_replaces_the_earlier_one_of_its_task_and_no_other(self, index):
+        index.put_plan("dag", "run", "a.cache_sensor", {"steps": {"one": 1}})
+        index.put_plan("dag", "run", "b.cache_sensor", {"steps": {"two": 1}})
+        index.put_plan("dag", "run", "a.cache_sensor", {"steps": {"one": 2}})
+
+        assert index.find_plan("dag", "run", "a.cache_sensor") == {"steps": {"one": 2}}
+        assert index.find_plan("dag", "run", "b.cache_sensor") == {"steps": {"two": 1}}
+        assert index.find_plan("dag", "other run", "a.cache_sensor") is None
 
     def test_a_forked_process_has_connections_of_its_own(self, index):
         index.put_entry(make_entry(1))

@@ -76,13 +76,13 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(CacheError, match=r"can't be used: .*mlpipelines_metadata"):
+    with pytest.raises(CacheError, match=r"can't be used: .*metadata_conn_id"):
         MetadataIndex(f"sqlite:///{tmp_path}/file/metadata.db").find_entries(["a"])
 
 
 @pytest.mark.parametrize("url", ["nonsense", "mystery://host/db", "mysql+nodriver://host/db"])
 def test_a_url_of_no_database_is_refused_without_showing_it(url):
-    with pytest.raises(CacheError, match="mlpipelines_metadata") as caught:
+    with pytest.raises(CacheError, match="metadata_conn_id") as caught:
         MetadataIndex(url).find_entries(["a"])
     assert url not in str(caught.value)
 

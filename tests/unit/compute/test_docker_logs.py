@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_mlpipelines.compute.docker.logs import (
-    LineAssembler,
     LogConnectionError,
     LogEntry,
     LogFollower,
@@ -147,39 +146,23 @@ def test_a_clock_set_back_loses_no_line() -> None:
 
 
 def test_lines_of_two_streams_do_not_mix() -> None:
-    assembler = LineAssembler()
-    pieces = [
-        LogEntry("t", STDERR, b"a long "),
-        LogEntry("t", STDOUT, b"short\n"),
-        LogEntry("t", STDERR, b"line\n"),
-        LogEntry("t", STDOUT, b"no line end"),
+    entries = [
+        LogEntry(timestamp(1), STDERR, b"a long "),
+        LogEntry(timestamp(1), STDOUT, b"short\n"),
+        LogEntry(timestamp(2), STDERR, b"line\n"),
+        LogEntry(timestamp(3), STDOUT, b"no line end"),
     ]
-    lines = [line for piece in pieces for line in assembler.feed(piece)]
-    assert [*lines, *assembler.finish()] == ["short", "a long line", "no line end"]
+    lines, _ = read_log(entries, [])
+    assert lines == ["short", "a long line", "no line end"]
 
 
-def test_a_character_cut_by_a_piece_of_a_line_stays_whole() -> None:
-    encoded = "Größe: 5 µm ✓".encode()
-    for cut in range(len(encoded)):
-        assembler = LineAssembler()
-        assert list(assembler.feed(LogEntry("t", STDOUT, encoded[:cut]))) == []
-        assert list(assembler.feed(LogEntry("t", STDOUT, encoded[cut:] + b"\n"))) == [
-            "Größe: 5 µm ✓"
-        ]
-
-
-def test_a_progress_bar_shows_its_last_state() -> None:
-    assembler = LineAssembler()
-    entry = LogEntry("t", STDERR, b" 10%\r 50%\r100%\r\n")
-    assert list(assembler.feed(entry)) == ["100%"]
-
-
-def test_a_line_without_end_does_not_fill_the_memory() -> None:
-    assembler = LineAssembler()
-    piece = LogEntry("t", STDOUT, b"x" * 16384)
-    lines = [line for _ in range(64) for line in assembler.feed(piece)]
-    assert sum(map(len, lines)) == 64 * 16384
-    assert max(map(len, lines)) == 256 * 1024
+def test_a_line_in_pieces_that_was_cut_between_them_stays_whole() -> None:
+    entries = [
+        LogEntry(timestamp(1), STDOUT, piece) for piece in (b"one ", b"line of ", b"three\n")
+    ]
+    for cut in range(sum(len(frame(entry)) for entry in entries)):
+        lines, _ = read_log(entries, [cut])
+        assert lines == ["one line of three"]
 
 
 def test_a_daemon_that_refuses_the_log_is_told_apart_from_its_end() -> None:

@@ -1,0 +1,31 @@
+"""A container keeps the promises of every launcher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from airflow_mlpipelines.compute.docker import DockerLauncher
+from airflow_mlpipelines.definition.graph import DockerComputeSpec
+from tests.integration.docker.conftest import IMAGE, remove_containers
+from tests.unit.compute.launcher_contract import LauncherContract
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from airflow_mlpipelines.compute.base import Launcher
+
+
+@pytest.mark.docker
+class TestDockerLauncher(LauncherContract):
+    def make_launcher(self) -> Launcher:
+        return DockerLauncher(DockerComputeSpec(name="docker", image=IMAGE))
+
+    @pytest.fixture(autouse=True)
+    def _nothing_left(self, image: str, tmp_path: Path) -> Iterator[None]:
+        assert image == IMAGE
+        yield
+        left = remove_containers(self.make_step_run_id(tmp_path))
+        assert left == []
