@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 
+from airflow_mlpipelines import Environment
 from tests.dags.project import Project
+from tests.wheels import make_wheel
 
 pytestmark = [pytest.mark.airflow, pytest.mark.usefixtures("airflow_db")]
 
@@ -86,6 +88,26 @@ def test_a_parameter_reruns_the_steps_that_use_it(project):
 
     assert outcome.ran == {"train", "report"}
     assert "rate 0.5 -> 0.25" in outcome.reasons["train"]
+
+
+def test_another_version_of_a_library_reruns_the_steps_of_its_environment(tmp_path):
+    for version in ("1.0", "2.0"):
+        make_wheel(tmp_path, version)
+
+    def train_with(version):
+        packages = ["--no-index", f"--find-links={tmp_path}", f"tinypkg=={version}"]
+        return {"train": {"environment": Environment(pip=packages)}}
+
+    project = Project(tmp_path, options=train_with("1.0"))
+    project.edit("train.py", "import argparse", "import tinypkg, argparse")
+    assert project.run().ran == {"clean", "train", "report"}
+    assert project.run().ran == set()
+
+    project.options = train_with("2.0")
+    outcome = project.run()
+
+    assert outcome.ran == {"train"}  # and it made the same bytes as before
+    assert outcome.reasons["train"] == "tinypkg 1.0 -> 2.0"
 
 
 def test_input_bytes_of_the_same_size_and_time_rerun_the_step(project):

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,25 +23,7 @@ from airflow_mlpipelines.compute.interpreter import installed_packages, python_v
 from airflow_mlpipelines.definition.graph import EnvironmentSpec
 from airflow_mlpipelines.exceptions import EnvironmentBuildError
 from tests.parts import require_python
-
-
-def make_wheel(
-    directory: Path, version: str, *, name: str = "tinypkg", body: str = "", requires: str = ""
-) -> Path:
-    """Make a wheel of one module that knows its version."""
-    path = directory / f"{name}-{version}-py3-none-any.whl"
-    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    metadata += f"Requires-Dist: {requires}\n" if requires else ""
-    files = {
-        f"{name}.py": f"VERSION = {version!r}\n{body}",
-        f"{name}-{version}.dist-info/METADATA": metadata,
-        f"{name}-{version}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = "".join(f"{file},,\n" for file in files) + f"{name}-{version}.dist-info/RECORD,,\n"
-    with zipfile.ZipFile(path, "w") as wheel:
-        for file, text in {**files, f"{name}-{version}.dist-info/RECORD": record}.items():
-            wheel.writestr(file, text)
-    return path
+from tests.wheels import make_wheel
 
 
 def spec(*pip: str, **fields: Any) -> EnvironmentSpec:
