@@ -56,21 +56,12 @@ train_linear = PythonScriptStep(
     "train.py",
     name="train_linear",
     arguments=[
-        "--table",
-        table,
-        "--model",
-        "linear",
-        "--test-month",
-        test_month,
-        "--seed",
-        seed,
-        "--out",
-        linear,
+        "--table", table, "--model", "linear", "--test-month", test_month, "--seed", seed, "--out", linear,
     ],
     inputs=[table],
     outputs=[linear],
     source_directory="flights",
-)
+)  # fmt: skip
 train_boosted = PythonScriptStep(
     "train.py",
     name="train_boosted",
@@ -85,20 +76,12 @@ train_boosted = PythonScriptStep(
 evaluate = PythonScriptStep(
     "evaluate.py",
     arguments=[
-        "--table",
-        table,
-        "--models",
-        linear,
-        boosted,
-        "--test-month",
-        test_month,
-        "--out",
-        choice,
+        "--table", table, "--models", linear, boosted, "--test-month", test_month, "--out", choice,
     ],
     inputs=[table, linear, boosted],
     outputs=[choice],
     source_directory="flights",
-)
+)  # fmt: skip
 reporting = PythonScriptStep(
     "report.py",
     name="report",
