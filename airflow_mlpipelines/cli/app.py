@@ -56,19 +56,25 @@ def check(
 ) -> None:
     """Check pipelines: everything that can be known before a run."""
     from airflow_mlpipelines.cli.files import load_pipelines, print_json
+    from airflow_mlpipelines.exceptions import PipelineCheckError
 
     results: list[dict[str, Any]] = []
     for file in files:
-        for pipeline in load_pipelines(file):
-            problems = [str(problem) for problem in pipeline.validate()]
-            results.append({"file": str(file), "pipeline": pipeline.name, "problems": problems})
+        try:
+            checked = [(pipeline.name, pipeline.validate()) for pipeline in load_pipelines(file)]
+        except PipelineCheckError as error:  # the file makes a DAG of it, as DAG files do
+            checked = [(error.pipeline, list(error.problems))]
+        for name, problems in checked:
+            texts = [str(problem) for problem in problems]
+            results.append({"file": str(file), "pipeline": name, "problems": texts})
     failed = any(result["problems"] for result in results)
     if as_json:
         print_json(results)
     else:
         for result in results:
             found = result["problems"]
-            print(f"{result['pipeline']}: {'fine' if not found else f'{len(found)} problems'}")
+            count = f"{len(found)} problem{'s' if len(found) != 1 else ''}" if found else "fine"
+            print(f"{result['pipeline']}: {count}")
             for problem in found:
                 print(f"  - {problem}")
     raise typer.Exit(EXIT_RUN_FAILED if failed else 0)
@@ -114,7 +120,7 @@ def plan(
 
     chosen = load_pipeline(file, pipeline)
     made = plan_pipeline(
-        chosen, parse_parameters(chosen, parameter or ()), parse_regenerate(regenerate)
+        chosen, parse_parameters(chosen, parameter or ()), parse_regenerate(chosen, regenerate)
     )
     names = {step.id: step.name for step in chosen.graph.steps}
     if as_json:
@@ -156,7 +162,9 @@ def run(
     from airflow_mlpipelines.submission.local import run_in_process
 
     chosen = load_pipeline(file, pipeline)
-    conf = make_conf(parse_parameters(chosen, parameter or ()), parse_regenerate(regenerate))
+    conf = make_conf(
+        parse_parameters(chosen, parameter or ()), parse_regenerate(chosen, regenerate)
+    )
     _show_run(run_in_process(chosen, conf), as_json=as_json)
 
 
@@ -185,7 +193,9 @@ def submit(
     from airflow_mlpipelines.submission.rest import AirflowClient
 
     chosen = load_pipeline(file, pipeline)
-    conf = make_conf(parse_parameters(chosen, parameter or ()), parse_regenerate(regenerate))
+    conf = make_conf(
+        parse_parameters(chosen, parameter or ()), parse_regenerate(chosen, regenerate)
+    )
     started = submit_over_rest(chosen, conf, client=AirflowClient.from_environment())
     if not follow:
         if as_json:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines._naming import list_options, suggest
+from airflow_mlpipelines.definition.graph import REGENERATE_ALL
 from airflow_mlpipelines.definition.parameters import find_value_problem
 from airflow_mlpipelines.definition.pipeline import collect_pipelines
 from airflow_mlpipelines.exceptions import DefinitionError
@@ -38,13 +40,14 @@ def load_pipelines(file: Path) -> list[Pipeline]:
     if spec is None or spec.loader is None:
         raise DefinitionError(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there for the module that they are in
     sys.path.insert(0, str(file.parent))
     try:
         with collect_pipelines() as found:
             spec.loader.exec_module(module)
     except DefinitionError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if os.environ.get("MLPIPELINES_DEBUG"):
             raise
         raise DefinitionError(f"{file} raises {type(error).__name__}: {error}") from error
@@ -113,14 +116,28 @@ def _parse_value(spec: ParameterSpec, text: str) -> Any:
             f"-p {spec.name}={text!r}: the value is to be of type {spec.type}"
         ) from None
     problem = find_value_problem(spec, value)
+    if isinstance(value, float) and not math.isfinite(value):
+        problem = f"{value} is no finite number"  # neither JSON nor a bound has a place for it
     if problem is not None:
         raise DefinitionError(f"-p {spec.name}={text!r}: the value {problem}")
     return value
 
 
-def parse_regenerate(steps: Sequence[str] | None) -> list[str]:
-    """Return step ids from ``--regenerate`` texts; commas separate several."""
-    return [name.strip() for text in steps or () for name in text.split(",") if name.strip()]
+def parse_regenerate(pipeline: Pipeline, texts: Sequence[str] | None) -> list[str]:
+    """Return step ids from ``--regenerate`` texts; commas separate several.
+
+    Raises:
+        DefinitionError: The pipeline has no such step.
+    """
+    names = [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
+    steps = [step.id for step in pipeline.graph.steps]
+    for name in names:
+        if name not in (REGENERATE_ALL, *steps):
+            raise DefinitionError(
+                f"--regenerate: pipeline {pipeline.name!r} has no step {name!r}; it has "
+                f"{list_options(steps)}, and 'all' means every step.{suggest(name, steps)}"
+            )
+    return names
 
 
 def print_json(data: Any) -> None:

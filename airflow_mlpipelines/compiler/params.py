@@ -12,14 +12,20 @@ if TYPE_CHECKING:
 _JSON_TYPES = {"string": "string", "int": "integer", "float": "number", "bool": "boolean"}
 
 
-def make_param_schemas(graph: PipelineGraph) -> dict[str, tuple[Any, dict[str, Any]]]:
+def make_param_schemas(
+    graph: PipelineGraph, *, prefix: str = ""
+) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Return each run parameter's name with its default and its JSON schema.
 
     The trigger form and the REST API check values against them. Besides the pipeline's own there is
-    ``regenerate_outputs``: ids of steps to run again whatever is remembered, or ``all``.
+    ``regenerate_outputs``: the tasks of steps to run again whatever is remembered, or ``all``.
+
+    Args:
+        graph: The pipeline.
+        prefix: What task groups put before the ids of its tasks.
     """
     schemas = {parameter.name: _make_schema(parameter) for parameter in graph.parameters}
-    steps = [step.id for step in graph.steps]
+    steps = [f"{prefix}{step.id}" for step in graph.steps]
     schemas[REGENERATE_OUTPUTS] = (
         [],
         {

@@ -89,7 +89,7 @@ def to_task_group(
     _check_params(graph, [name for name in dag.params if name != REGENERATE_OUTPUTS])
     with TaskGroup(group_id or graph.name, **arguments) as group:
         _render_tasks(graph, wait_for_inputs=wait_for_inputs)
-    _add_params(dag, graph)
+    _add_params(dag, graph, prefix=group.child_id(""))
     return group
 
 
@@ -102,13 +102,13 @@ def _check_params(graph: PipelineGraph, own: Collection[str]) -> None:
         )
 
 
-def _add_params(dag: DAG, graph: PipelineGraph) -> None:
+def _add_params(dag: DAG, graph: PipelineGraph, *, prefix: str = "") -> None:
     """Give the DAG the pipeline's parameters, after its tasks are made.
 
     A task copies, checks and serializes all the params that its DAG has by then: with a thousand tasks
     that costs seconds and megabytes. In a run, a task sees its DAG's params anyway.
     """
-    for name, (default, schema) in make_param_schemas(graph).items():
+    for name, (default, schema) in make_param_schemas(graph, prefix=prefix).items():
         if name == REGENERATE_OUTPUTS and name in dag.params:
             # Several pipelines in one DAG share this one.
             steps = list(

@@ -39,9 +39,10 @@ class TaskPlan:
 def plan_tasks(graph: PipelineGraph, *, wait_for_inputs: bool = False) -> tuple[TaskPlan, ...]:
     """Return every task of the pipeline's DAG, each after those it depends on.
 
-    The first decides for all steps whether they must run; the last is what others chain to. Every
-    task but the first has the trigger rule ``none_failed``: a reused step is skipped, and nothing
-    after it may be.
+    The first decides for all steps whether they must run; the last is what others chain to. A reused
+    step is skipped, and nothing after it may be: so steps have the trigger rule ``none_failed``. What
+    stands directly behind the first task also wants one success. So where the first task is skipped,
+    because somebody's own DAG took another branch, the pipeline is, and what is chained behind it.
     """
     upstream = {step.id: step.upstream for step in graph.steps}
     has_downstream = frozenset().union(*upstream.values())
@@ -52,16 +53,19 @@ def plan_tasks(graph: PipelineGraph, *, wait_for_inputs: bool = False) -> tuple[
         _plan_step(step, upstream[step.id], graph.computes[step.compute]) for step in graph.steps
     ]
     tasks.append(
-        TaskPlan(FINISH, FINISH_OPERATOR, leaves or (CACHE_SENSOR,), None, dict(_AFTER_STEPS))
+        TaskPlan(
+            FINISH, FINISH_OPERATOR, (CACHE_SENSOR, *leaves), None, {"trigger_rule": _AFTER_SENSOR}
+        )
     )
     return tuple(tasks)
 
 
-_AFTER_STEPS = {"trigger_rule": "none_failed"}
+_AFTER_STEPS = "none_failed"
+_AFTER_SENSOR = "none_failed_min_one_success"
 
 
 def _plan_step(step: StepSpec, upstream: frozenset[str], compute: ComputeSpec) -> TaskPlan:
-    arguments: dict[str, Any] = dict(_AFTER_STEPS)
+    arguments: dict[str, Any] = {"trigger_rule": _AFTER_STEPS if upstream else _AFTER_SENSOR}
     if step.name != step.id:
         arguments["task_display_name"] = step.name
     if step.retries is not None:

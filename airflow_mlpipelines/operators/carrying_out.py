@@ -103,11 +103,15 @@ def find_plan(
     From the metadata database: as an XCom it would go through Airflow's API server for every step.
 
     Raises:
+        AirflowSkipException: That task was skipped, and so the pipeline is: a branch was not taken.
         DataError: There is none.
     """
     task_id = f"{prefix}{CACHE_SENSOR_TASK}"
     data = index.find_plan(ti.dag_id, ti.run_id, task_id)
     if data is None:
+        states = ti.get_task_states(ti.dag_id, task_ids=[task_id], run_ids=[ti.run_id])
+        if states.get(ti.run_id, {}).get(task_id) == "skipped":
+            raise AirflowSkipException(f"{task_id!r} was skipped, and so is this step.")
         raise DataError(
             f"the task {task_id!r} of this run has left no plan. Clear it and the tasks after it."
         )

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from airflow_mlpipelines import settings
 from airflow_mlpipelines.caching.decision import Decision
 from airflow_mlpipelines.caching.index import MetadataIndex, StepRunRecord
-from airflow_mlpipelines.definition.graph import REGENERATE_OUTPUTS
+from airflow_mlpipelines.definition.graph import REGENERATE_ALL, REGENERATE_OUTPUTS
 from airflow_mlpipelines.execution.planning import plan_run
 from airflow_mlpipelines.operators.connections import metadata_url, open_stores
 from airflow_mlpipelines.storage.stat_cache import StatCache
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from airflow.sdk import Context
 
     from airflow_mlpipelines.caching.decision import RunPlan
@@ -26,7 +28,7 @@ def make_plan(graph: PipelineGraph, context: Context, prefix: str) -> RunPlan:
     plan = plan_run(
         graph,
         parameters=dict(params),
-        regenerate=list(params.get(REGENERATE_OUTPUTS) or []),
+        regenerate=_own_steps(params.get(REGENERATE_OUTPUTS) or [], prefix),
         index=index,
         stores=open_stores(graph),
         cache=StatCache(settings.stat_cache_file()),
@@ -35,6 +37,15 @@ def make_plan(graph: PipelineGraph, context: Context, prefix: str) -> RunPlan:
     index.put_plan(ti.dag_id, ti.run_id, ti.task_id, plan.to_dict())
     index.record_step_runs(_reused_steps(graph, plan, context, prefix))
     return plan
+
+
+def _own_steps(tasks: Iterable[str], prefix: str) -> list[str]:
+    """Return the ids of this pipeline's steps among tasks of the DAG, which may hold several pipelines."""
+    return [
+        task if task == REGENERATE_ALL else task.removeprefix(prefix)
+        for task in tasks
+        if task == REGENERATE_ALL or task.startswith(prefix)
+    ]
 
 
 def _reused_steps(

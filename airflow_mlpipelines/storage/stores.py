@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
@@ -17,11 +18,13 @@ from airflow_mlpipelines._naming import list_options, suggest
 from airflow_mlpipelines.exceptions import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from fsspec.spec import AbstractFileSystem
 
 _FILE_SCHEME = "file://"
+_BUCKET_SCHEMES = ("s3://", "s3a://", "gs://", "gcs://")
+"""Stores whose roots begin with a bucket, which has to be there before anything can be in it."""
 
 
 def check_path(path: str) -> str:
@@ -98,10 +101,60 @@ class Store:
         return path
 
     def exists(self, path: str) -> bool:
-        """Whether a file or a directory is at ``path``."""
+        """Whether a file or a directory is at ``path``.
+
+        Raises:
+            DataError: The store can't be asked, or its bucket is not there.
+        """
         if self.is_local:
             return os.path.lexists(self.local_path(path))
-        return bool(self.filesystem.exists(self.remote_path(path)))
+        place = self.remote_path(path)
+        with self.translate_errors(path, "looked up"):
+            found = bool(self.filesystem.exists(place))
+        if not found:
+            self._check_bucket()
+        return found
+
+    def _check_bucket(self) -> None:
+        """Raise if the bucket is not there; one that may not be looked at counts as there."""
+        if not self.url.startswith(_BUCKET_SCHEMES):
+            return
+        bucket = self._root.partition("/")[0]
+        try:
+            self.filesystem.info(bucket)
+        except FileNotFoundError:
+            raise DataError(
+                f"datastore {self.name!r}: the bucket {bucket!r} of {self.url} is not there. "
+                "Correct its url in the workspace file, or make the bucket."
+            ) from None
+        except OSError:
+            return
+
+    @contextmanager
+    def translate_errors(self, path: str, what: str) -> Iterator[None]:
+        """Raise what the store's driver raises inside as an error that names the datastore.
+
+        Args:
+            path: What is worked on.
+            what: What is done to it, as in "can't be read".
+
+        Raises:
+            DataError: The driver raised something.
+        """
+        # Drivers raise what their client libraries have: botocore's errors are no OSErrors.
+        expected = OSError if self.is_local else Exception
+        try:
+            yield
+        except DataError:
+            raise
+        except expected as error:
+            hint = ""
+            if isinstance(error, PermissionError) and not self.is_local:
+                hint = " Check the credentials in its Airflow connection, and what they allow."
+            raise DataError(
+                f"datastore {self.name!r}: {self.uri(path)} can't be {what}: "
+                f"{str(error).rstrip('.') or type(error).__name__}.{hint}"
+            ) from error
 
     def read_bytes(self, path: str) -> bytes:
         """Return the content of the file at ``path``.
@@ -109,12 +162,10 @@ class Store:
         Raises:
             DataError: There is none, or it can't be read.
         """
-        try:
+        with self.translate_errors(path, "read"):
             if self.is_local:
                 return self.local_path(path).read_bytes()
             return bytes(self.filesystem.cat_file(self.remote_path(path)))
-        except OSError as error:
-            raise DataError(f"{self.uri(path)} can't be read: {error}") from error
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write a file, whole or not at all.
@@ -122,13 +173,11 @@ class Store:
         Raises:
             DataError: It can't be written.
         """
-        try:
+        with self.translate_errors(path, "written"):
             if self.is_local:
                 _write_atomically(self.local_path(path), data)
             else:  # object stores show an object only when it is complete
                 self.filesystem.pipe_file(self.remote_path(path), data)
-        except OSError as error:
-            raise DataError(f"{self.uri(path)} can't be written: {error}") from error
 
     def delete(self, path: str) -> None:
         """Delete the file or directory at ``path``; nothing happens if there is none."""
@@ -138,8 +187,9 @@ class Store:
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
-        elif self.filesystem.exists(self.remote_path(path)):
-            self.filesystem.rm(self.remote_path(path), recursive=True)
+        elif self.exists(path):
+            with self.translate_errors(path, "deleted"):
+                self.filesystem.rm(self.remote_path(path), recursive=True)
 
     def __repr__(self) -> str:
         return f"Store({self.name!r}, {self.url!r})"
@@ -193,6 +243,7 @@ def open_store(
             )
         return Store(name, url, filesystem=None, root=root)
     from fsspec.core import url_to_fs
+    from fsspec.dircache import DirCache
 
     try:
         filesystem, root = url_to_fs(url, **{**(options or {}), **(credentials or {})})
@@ -201,6 +252,11 @@ def open_store(
             f"datastore {name!r}: {url!r} can't be opened: {error}. For S3, install the extra "
             "'airflow-mlpipelines[s3]'; other stores need their fsspec driver."
         ) from error
+    listings = getattr(filesystem, "dircache", None)
+    if isinstance(listings, DirCache):
+        # Others write to the store too: what was listed a moment ago tells nothing of now.
+        listings.use_listings_cache = False
+        listings.clear()
     return Store(name, url, filesystem=filesystem, root=root.rstrip("/"))
 
 

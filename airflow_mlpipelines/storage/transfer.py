@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.storage.stores import Store, StoreSet
 
 _TRANSFERS = 8
+_VERSION_PREFIX = "version:"
 _VERSION_FIELDS = ("etag", "ETag", "generation", "VersionId", "version_id", "checksum")
 _TIME_FIELDS = ("LastModified", "last_modified", "mtime", "updated", "created")
 
@@ -66,8 +67,7 @@ def pin_external(
     files, kind = _list_remote(store, path)
     size = sum(file.size for file in files)
     if how == "version":
-        versions = {file.path: _version_of(store, path, file) for file in files}
-        digest = f"version:{digest_value('data-version-v1', versions)}"
+        digest = _digest_versions(store, path, files)
     else:
         digest = _digest_remote(store, path, files, kind, blobs)
     return Artifact(store.uri(path), digest, size, len(files), kind)
@@ -91,10 +91,15 @@ def _pin_local(
             for entry in walk_tree(os.fsencode(target))
             if entry.kind != b"d"
         }
-    digest = f"version:{digest_value('data-version-v1', seen)}"
+    digest = f"{_VERSION_PREFIX}{digest_value('data-version-v1', seen)}"
     return Artifact(
         store.uri(path), digest, sum(size for size, _ in seen.values()), len(seen), kind
     )
+
+
+def _digest_versions(store: Store, path: str, files: list[_RemoteFile]) -> str:
+    versions = {file.path: _version_of(store, path, file) for file in files}
+    return f"{_VERSION_PREFIX}{digest_value('data-version-v1', versions)}"
 
 
 def _version_of(store: Store, path: str, file: _RemoteFile) -> str:
@@ -179,44 +184,56 @@ def _put_in_place(source: Path, target: Path) -> None:
 
 
 def _upload(store: Store, path: str, source: Path, size: int, count: int) -> None:
-    if source.is_file():
-        pairs = [(source, path)]
-    else:
-        names = [entry for entry in walk_tree(os.fsencode(source)) if entry.kind != b"d"]
-        links = [entry for entry in names if entry.kind == b"l"]
-        if links:
-            raise DataError(
-                f"holds the symbolic link {os.fsdecode(links[0].path)!r}, which an object store can't "
-                "hold. Write a copy of the file instead."
-            )
-        empty = [
-            os.fsdecode(entry.path)
-            for entry in walk_tree(os.fsencode(source))
-            if entry.kind == b"d" and not any(os.scandir(source / os.fsdecode(entry.path)))
-        ]
-        if empty:
-            raise DataError(
-                f"holds the empty directory {empty[0]!r}, which an object store can't hold. Put a file "
-                "into it, or remove it."
-            )
-        pairs = [
-            (source / os.fsdecode(entry.path), f"{path}/{os.fsdecode(entry.path)}")
-            for entry in names
-        ]
+    pairs = [(source, path)] if source.is_file() else _pair_members(source, path)
     filesystem = store.filesystem
 
     def put(pair: tuple[Path, str]) -> None:
         filesystem.put_file(str(pair[0]), store.remote_path(pair[1]))
 
-    try:
-        with ThreadPoolExecutor(_TRANSFERS) as pool:
-            list(pool.map(put, pairs))
-        filesystem.invalidate_cache()
-        files, _ = _list_remote(store, path)
-    except OSError as error:
-        raise DataError(f"can't be written to {store.uri(path)}: {error}") from error
+    with store.translate_errors(path, "written"), ThreadPoolExecutor(_TRANSFERS) as pool:
+        list(pool.map(put, pairs))
+    files, _ = _list_remote(store, path)
     if (sum(file.size for file in files), len(files)) != (size, count):
         raise DataError(f"did not arrive whole at {store.uri(path)}.")
+
+
+def _pair_members(source: Path, path: str) -> list[tuple[Path, str]]:
+    """Return each file of a directory with the path that it gets on a store.
+
+    Raises:
+        DataError: The directory holds what an object store can't hold.
+    """
+    entries = list(walk_tree(os.fsencode(source)))
+    if not entries:
+        raise DataError(
+            "is an empty directory, which an object store can't hold. Write a file into it, even one "
+            "that says that there is nothing."
+        )
+    parents = {os.path.dirname(entry.path) for entry in entries}  # noqa: PTH120 - raw bytes
+    for entry in entries:
+        name = os.fsdecode(entry.path)
+        if entry.kind == b"l":
+            raise DataError(
+                f"holds the symbolic link {name!r}, which an object store can't hold. Write a copy of "
+                "the file instead."
+            )
+        if entry.kind == b"d" and entry.path not in parents:
+            raise DataError(
+                f"holds the empty directory {name!r}, which an object store can't hold. Put a file "
+                "into it, or remove it."
+            )
+        try:
+            entry.path.decode()
+        except UnicodeDecodeError:
+            raise DataError(
+                f"holds a file named {entry.path!r}, which is no UTF-8, as names in an object store "
+                "have to be. Rename it."
+            ) from None
+    return [
+        (source / os.fsdecode(entry.path), f"{path}/{os.fsdecode(entry.path)}")
+        for entry in entries
+        if entry.kind == b"f"
+    ]
 
 
 # ---- inputs ------------------------------------------------------------------------------------
@@ -225,7 +242,8 @@ def _upload(store: Store, path: str, source: Path, size: int, count: int) -> Non
 def fetch(artifact: Artifact, stores: StoreSet, *, blobs: BlobCache, target: Path) -> Path:
     """Return where on this machine the artifact's data are.
 
-    Data on a file store are used where they are. Others come through the blob cache to ``target``.
+    Data on a file store are used where they are. Others come through the blob cache to ``target``; what
+    is there already is left as it is, since a program of an earlier try may be reading it.
 
     Raises:
         DataError: The data are gone, are other than the artifact says, or lie in no registered
@@ -237,9 +255,13 @@ def fetch(artifact: Artifact, stores: StoreSet, *, blobs: BlobCache, target: Pat
         if not place.exists():
             raise DataError(f"{artifact.uri} is gone. Run the step that makes it once more.")
         return place
+    if os.path.lexists(target):
+        return target
     if not store.exists(path):
         raise DataError(f"{artifact.uri} is gone. Run the step that makes it once more.")
     files, kind = _list_remote(store, path)
+    if artifact.digest.startswith(_VERSION_PREFIX):
+        _check_version(artifact, store, path, files)
     blob = blobs.get(artifact.digest, lambda made: _download(store, path, files, kind, made))
     target.parent.mkdir(parents=True, exist_ok=True)
     if blob.is_dir():
@@ -247,6 +269,15 @@ def fetch(artifact: Artifact, stores: StoreSet, *, blobs: BlobCache, target: Pat
     else:
         shutil.copy2(blob, target)
     return target
+
+
+def _check_version(artifact: Artifact, store: Store, path: str, files: list[_RemoteFile]) -> None:
+    """Raise if the store tells another version than when the data were pinned."""
+    if _digest_versions(store, path, files) != artifact.digest:
+        raise DataError(
+            f"{artifact.uri} was changed after this run had looked it up. Start a new run, which takes "
+            "it as it is now."
+        )
 
 
 def _download(
@@ -257,14 +288,13 @@ def _download(
     def get(file: _RemoteFile) -> None:
         local = target / file.path if kind == "dir" else target
         local.parent.mkdir(parents=True, exist_ok=True)
-        remote = f"{path}/{file.path}" if kind == "dir" else path
+        remote = "/".join(part for part in (path, file.path) if part)
         filesystem.get_file(store.remote_path(remote), str(local))
 
-    try:
-        with ThreadPoolExecutor(_TRANSFERS) as pool:
-            list(pool.map(get, files))
-    except OSError as error:
-        raise DataError(f"{store.uri(path)} can't be fetched: {error}") from error
+    if kind == "dir":
+        target.mkdir(parents=True, exist_ok=True)
+    with store.translate_errors(path, "fetched"), ThreadPoolExecutor(_TRANSFERS) as pool:
+        list(pool.map(get, files))
 
 
 # ---- checks ------------------------------------------------------------------------------------
@@ -335,20 +365,20 @@ def _measure_local(path: Path) -> tuple[int, int] | None:
 def _list_remote(store: Store, path: str) -> tuple[list[_RemoteFile], Literal["dir", "file"]]:
     """Return the files at and below a path of a remote store, sorted; none if nothing is there."""
     filesystem, root = store.filesystem, store.remote_path(path)
-    try:
-        info: dict[str, Any] = filesystem.info(root)
-        if info["type"] == "file":
-            return [_RemoteFile("", int(info["size"]), _find_version(info))], "file"
-        found = filesystem.find(root, detail=True)
-    except FileNotFoundError:
-        return [], "file"
-    except OSError as error:
-        raise DataError(f"{store.uri(path)} can't be looked up: {error}") from error
+    with store.translate_errors(path, "looked up"):
+        try:
+            info: dict[str, Any] = filesystem.info(root)
+            if info["type"] == "file":
+                return [_RemoteFile("", int(info["size"]), _find_version(info))], "file"
+            found = filesystem.find(root, detail=True)
+        except FileNotFoundError:
+            return [], "file"
     base = filesystem._strip_protocol(root).rstrip("/")  # noqa: SLF001 - fsspec's own way to a name
     files = [
         _RemoteFile(str(name)[len(base) :].lstrip("/"), int(item["size"]), _find_version(item))
         for name, item in found.items()
-        if item["type"] == "file" and str(name).rstrip("/") != base
+        # A name with a slash at its end stands for a folder; consoles make such empty objects.
+        if item["type"] == "file" and not str(name).endswith("/")
     ]
     return sorted(files, key=lambda file: file.path), "dir"
 

@@ -16,17 +16,22 @@ def test_steps_stand_between_the_sensor_and_the_finish():
         "a": ("cache_sensor",),
         "b": ("a",),
         "c": ("a",),
-        "finish": ("b", "c"),
+        "finish": ("cache_sensor", "b", "c"),
     }
 
 
-def test_every_task_but_the_sensor_goes_on_after_a_skip():
+def test_steps_go_on_after_a_skipped_step_but_not_after_a_skipped_sensor():
     rules = {
         task.task_id: task.arguments.get("trigger_rule")
-        for task in plan_tasks(make_graph(make_step("a")))
+        for task in plan_tasks(make_graph(make_step("a"), make_step("b", after=("a",))))
     }
 
-    assert rules == {"cache_sensor": None, "a": "none_failed", "finish": "none_failed"}
+    assert rules == {
+        "cache_sensor": None,
+        "a": "none_failed_min_one_success",
+        "b": "none_failed",
+        "finish": "none_failed_min_one_success",
+    }
 
 
 def test_order_without_data_is_an_edge_too():

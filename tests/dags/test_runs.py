@@ -1,0 +1,143 @@
+"""Pipelines inside DAGs of Airflow: what stands around them, what is skipped, what is ended."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from airflow_mlpipelines import CommandStep, Pipeline, PipelineData, PipelineParameter, Workspace
+from airflow_mlpipelines.exceptions import DefinitionError
+
+if TYPE_CHECKING:
+    from tests.dags.conftest import RunDag
+
+pytestmark = [pytest.mark.airflow, pytest.mark.usefixtures("airflow_db")]
+
+
+def chain(name: str, *, tag: str = "1") -> Pipeline:
+    """Return a pipeline of three steps in a row."""
+    steps, before = [], []
+    for step in ("a", "b", "c"):
+        out = PipelineData(step)
+        command = ["sh", "-c", f"echo {name} {tag} > {out}"]
+        steps.append(CommandStep(command, name=step, inputs=before, outputs=[out]))
+        before = [out]
+    return Pipeline(Workspace.from_config(), steps, name=name)
+
+
+def states_of(run) -> dict[str, str]:
+    return {ti.task_id: str(ti.state) for ti in run.get_task_instances()}
+
+
+def branching(dag_id: str, taken: str):
+    """Return a DAG that goes one of two ways; one is a pipeline, and ``deploy`` stands behind it."""
+    from airflow.providers.standard.operators.empty import EmptyOperator
+    from airflow.providers.standard.operators.python import BranchPythonOperator
+    from airflow.sdk import DAG
+
+    with DAG(dag_id, schedule=None) as dag:
+        branch = BranchPythonOperator(task_id="branch", python_callable=lambda: taken)
+        group = chain(dag_id).to_task_group(group_id="steps")
+        branch >> group >> EmptyOperator(task_id="deploy")
+        branch >> EmptyOperator(task_id="rest")
+    return dag
+
+
+def test_a_pipeline_on_a_branch_that_is_not_taken_is_skipped_with_what_follows(run_dag: RunDag):
+    run = run_dag(branching("branch_away", "rest"))
+
+    states = states_of(run)
+    assert run.state == "success"
+    assert states.pop("branch") == states.pop("rest") == "success"
+    assert set(states.values()) == {"skipped"}
+
+
+def test_a_pipeline_on_the_branch_that_is_taken_runs_with_what_follows(run_dag: RunDag):
+    dag = branching("branch_along", "steps.cache_sensor")
+    first = states_of(run_dag(dag))
+    assert first.pop("rest") == "skipped"
+    assert set(first.values()) == {"success"}
+
+    again = states_of(run_dag(dag))
+
+    assert again["steps.b"] == "skipped"  # reused
+    assert again["deploy"] == "success"
+
+
+def test_two_pipelines_in_one_dag_are_regenerated_each_for_itself(run_dag: RunDag):
+    from airflow.sdk import DAG
+
+    with DAG("two_pipelines", schedule=None) as dag:
+        one = chain("one").to_task_group()
+        two = chain("two").to_task_group()
+        one >> two
+    assert set(states_of(run_dag(dag)).values()) == {"success"}
+
+    again = states_of(run_dag(dag, {"regenerate_outputs": ["one.b"]}))
+
+    assert again["one.b"] == "success"
+    assert (again["one.a"], again["one.c"], again["two.b"]) == ("skipped",) * 3
+
+
+def test_a_parameter_of_the_dag_s_own_name_is_refused():
+    from airflow.sdk import DAG, Param
+
+    rate = PipelineParameter("rate", 0.5)
+    step = CommandStep(["echo", rate], name="show")
+    pipeline = Pipeline(Workspace.from_config(), [step], name="clash")
+
+    with (
+        DAG("own_param", schedule=None, params={"rate": Param(1.0, type="number")}),
+        pytest.raises(DefinitionError, match=r"'rate'.* Rename"),
+    ):
+        pipeline.to_task_group()
+
+
+def test_a_step_over_its_timeout_is_ended_with_all_that_it_started(run_dag: RunDag, tmp_path):
+    beat = tmp_path / "beat"
+    loop = f"while :; do date +%N > {beat}; sleep 0.05; done"
+    step = CommandStep(
+        ["sh", "-c", f"setsid sh -c '{loop}' & wait"], name="endless", timeout=1
+    )
+    dag = Pipeline(Workspace.from_config(), [step], name="over_time").to_dag()
+
+    run = run_dag(dag)
+
+    assert run.state == "failed"
+    before = beat.read_text()
+    time.sleep(0.3)
+    assert beat.read_text() == before
+
+
+def test_a_failed_step_says_why_and_says_so_again_after_a_retry(run_dag: RunDag):
+    from tests.dags.project import _xcom
+
+    step = CommandStep(["sh", "-c", "echo no luck; exit 7"], name="unlucky", allow_reuse=False)
+    run = run_dag(Pipeline(Workspace.from_config(), [step], name="unlucky").to_dag())
+
+    record = _xcom(run, "unlucky", "step_run")
+    assert run.state == "failed"
+    assert record["state"] == "failed"
+    assert "exit code 7" in record["reason"]
+
+
+def test_the_run_s_summary_can_be_pulled_from_the_last_task(run_dag: RunDag):
+    from airflow.sdk import DAG
+    from airflow.sdk import task as make_task
+
+    seen = []
+    with DAG("summed_up", schedule=None) as dag:
+        group = chain("summed_up").to_task_group(group_id="steps")
+
+        @make_task
+        def notify(ti=None):
+            seen.append(ti.xcom_pull(task_ids="steps.finish"))
+
+        group >> notify()
+    run_dag(dag)
+    run_dag(dag)
+
+    counts = [(one["ran"], one["reused"]) for one in seen]
+    assert counts == [(3, 0), (0, 3)]
