@@ -19,6 +19,8 @@ def main() -> None:
         StepFailedError,
     )
 
+    # Airflow logs to standard output, which here is for what the command has to tell.
+    os.environ.setdefault("AIRFLOW__LOGGING__LOGGING_LEVEL", "WARNING")
     try:
         from airflow_mlpipelines.cli.app import app
 

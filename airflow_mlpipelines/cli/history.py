@@ -31,6 +31,8 @@ def explain_step(dag_id: str, step: str, run_id: str | None) -> dict[str, Any]:
     runs = index.find_step_runs(dag_id=dag_id, step=step, limit=_DEPTH)
     if not runs:
         known = {run.step for run in index.find_step_runs(dag_id=dag_id, limit=_DEPTH)}
+        if not known:
+            raise DefinitionError(f"nothing is known of DAG {dag_id!r}: no step of it ever ran")
         raise DefinitionError(
             f"nothing is known of step {step!r} of DAG {dag_id!r}; known are {list_options(known)}."
             f"{suggest(step, known)}"
