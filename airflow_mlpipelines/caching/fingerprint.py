@@ -95,6 +95,9 @@ def step_fingerprint(
         "parameters": used,
         "inputs": {item.name: inputs[item.name] or ABSENT for item in step.inputs},
     }
+    placed = {item.name: item.path_on_compute for item in step.inputs if item.path_on_compute}
+    if placed:  # most have none, and keep the fingerprints of before there were any
+        ingredients["step"]["input_paths"] = placed
     return Fingerprint(digest(FINGERPRINT_KIND, ingredients), ingredients)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines._naming import (
@@ -264,6 +264,13 @@ class _Builder:
         return {key: spec for key, spec in inputs.items() if named[spec.name] is spec}
 
     def _build_input(self, step: PipelineStep, handle: Any) -> InputSpec | None:
+        path = getattr(handle, "path_on_compute", None)
+        if path is not None and not _is_below_working_directory(path):
+            self._report(
+                f"path_on_compute is {path!r}, but it must be a path below the step's working directory",
+                step,
+                f"input {handle.name!r}",
+            )
         if isinstance(handle, DataReference):
             port = f"input {handle.name!r}"
             source = ExternalDataSpec(
@@ -461,3 +468,8 @@ def make_step_ids(steps: Sequence[PipelineStep]) -> list[str]:
     """Return a task id for each step: its name without ``.py``, made safe and unique."""
     wanted = [make_identifier(str(step.name).removesuffix(".py")) for step in steps]
     return make_unique(f"{name}_step" if name in RESERVED_IDS else name for name in wanted)
+
+
+def _is_below_working_directory(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not path.startswith("/") and ".." not in parts

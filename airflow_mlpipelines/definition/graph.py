@@ -214,7 +214,12 @@ InputSource = Annotated[ExternalDataSpec | StepOutputRef, Field(discriminator="k
 
 
 class InputSpec(SpecModel):
-    """A named input of a step."""
+    """A named input of a step.
+
+    Attributes:
+        path_on_compute: Where in the working directory it is found, besides the path that the process is
+            given.
+    """
 
     name: str
     source: InputSource
@@ -234,7 +239,6 @@ class OutputSpec(SpecModel):
     datastore: str
     is_directory: bool | None = None
     mode: OutputMode = "mount"
-    path_on_compute: str | None = None
     data_type: str | None = None
     pipeline_output_name: str | None = None
 

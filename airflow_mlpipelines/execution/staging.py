@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from airflow_mlpipelines.compute.base import ProcessPaths
     from airflow_mlpipelines.definition.graph import StepSpec
     from airflow_mlpipelines.storage.artifact import Artifact
     from airflow_mlpipelines.storage.stat_cache import StatCache
@@ -129,6 +131,28 @@ def _make_anew(stage: Stage, stores: StoreSet, *, snapshot: str | None) -> None:
         unpack_snapshot(snapshot, stores.default, stage.code)
     for kept in KEPT_DIRECTORIES:
         (stage.code / kept).mkdir(parents=True, exist_ok=True)
+
+
+def link_inputs(stage: Stage, step: StepSpec, paths: ProcessPaths) -> None:
+    """Let the step find inputs in its working directory, where ``path_on_compute`` says.
+
+    Raises:
+        DataError: A file of the step's own is there already.
+    """
+    for item in step.inputs:
+        if item.path_on_compute is None or item.name not in paths.inputs:
+            continue
+        link, target = stage.code / item.path_on_compute, paths.inputs[item.name]
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            link.symlink_to(target)
+        except FileExistsError as error:
+            if link.is_symlink() and os.readlink(link) == target:  # of a try that is adopted
+                continue
+            raise DataError(
+                f"step {step.name!r}, input {item.name!r}: path_on_compute is {item.path_on_compute!r}, "
+                "where the step's own files have something already. Choose another path."
+            ) from error
 
 
 def _copy(source: Path, target: Path) -> Path:

@@ -20,6 +20,7 @@ from airflow_mlpipelines.execution.staging import (
     commit_outputs,
     fill_stage,
     keep_run_files,
+    link_inputs,
     locate_workplace,
 )
 from airflow_mlpipelines.runtime.contract import render_arguments, step_environment
@@ -323,6 +324,7 @@ class StepRunner:
             item.name: paths.inputs.get(item.name, f"{paths.run}/absent/{item.name}")
             for item in step.inputs
         }
+        link_inputs(workplace.stage, step, paths)
         argv = render_arguments(
             (*step.command, *step.arguments),
             inputs=inputs,

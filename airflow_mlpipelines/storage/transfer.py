@@ -169,7 +169,7 @@ def commit_output(
         made, wanted = ("a file", "a directory") if expect_directory else ("a directory", "a file")
         raise DataError(f"is {made}, but was declared as {wanted}.")
     if not store.is_local:
-        _upload(store, path, source, tree.size, tree.files)
+        _upload(store, path, source, tree.size)
     elif store.local_path(path) != source:
         _put_in_place(source, store.local_path(path))
     return Artifact(store.uri(path), tree.digest, tree.size, tree.files, tree.kind, None, step_run)
@@ -183,22 +183,29 @@ def _put_in_place(source: Path, target: Path) -> None:
         shutil.move(str(source), str(target))
 
 
-def _upload(store: Store, path: str, source: Path, size: int, count: int) -> None:
-    pairs = [(source, path)] if source.is_file() else _pair_members(source, path)
+def _upload(store: Store, path: str, source: Path, size: int) -> None:
+    pairs = [(source, "")] if source.is_file() else _pair_members(source)
     filesystem = store.filesystem
 
     def put(pair: tuple[Path, str]) -> None:
-        filesystem.put_file(str(pair[0]), store.remote_path(pair[1]))
+        filesystem.put_file(str(pair[0]), store.remote_path(_join(path, pair[1])))
 
     with store.translate_errors(path, "written"), ThreadPoolExecutor(_TRANSFERS) as pool:
         list(pool.map(put, pairs))
     files, _ = _list_remote(store, path)
-    if (sum(file.size for file in files), len(files)) != (size, count):
-        raise DataError(f"did not arrive whole at {store.uri(path)}.")
+    arrived = {file.path for file in files}
+    lost = sorted(name for _, name in pairs if name not in arrived)
+    if lost or len(arrived) != len(pairs) or sum(file.size for file in files) != size:
+        said = f": {lost[0]!r} is not there under its name" if lost and lost[0] else ""
+        raise DataError(f"did not arrive whole at {store.uri(path)}{said}.")
 
 
-def _pair_members(source: Path, path: str) -> list[tuple[Path, str]]:
-    """Return each file of a directory with the path that it gets on a store.
+def _join(path: str, name: str) -> str:
+    return "/".join(part for part in (path, name) if part)
+
+
+def _pair_members(source: Path) -> list[tuple[Path, str]]:
+    """Return each file of a directory with its path below the directory.
 
     Raises:
         DataError: The directory holds what an object store can't hold.
@@ -230,7 +237,7 @@ def _pair_members(source: Path, path: str) -> list[tuple[Path, str]]:
                 "have to be. Rename it."
             ) from None
     return [
-        (source / os.fsdecode(entry.path), f"{path}/{os.fsdecode(entry.path)}")
+        (source / os.fsdecode(entry.path), os.fsdecode(entry.path))
         for entry in entries
         if entry.kind == b"f"
     ]
@@ -288,8 +295,7 @@ def _download(
     def get(file: _RemoteFile) -> None:
         local = target / file.path if kind == "dir" else target
         local.parent.mkdir(parents=True, exist_ok=True)
-        remote = "/".join(part for part in (path, file.path) if part)
-        filesystem.get_file(store.remote_path(remote), str(local))
+        filesystem.get_file(store.remote_path(_join(path, file.path)), str(local))
 
     if kind == "dir":
         target.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,8 @@ TOKEN_VARIABLE = "AIRFLOW_API_TOKEN"  # noqa: S105 - the name of a variable
 USERNAME_VARIABLE = "AIRFLOW_API_USERNAME"
 PASSWORD_VARIABLE = "AIRFLOW_API_PASSWORD"  # noqa: S105 - the name of a variable
 _TRIES = 5
+_SHOWN_CHARACTERS = 40
+_LONGEST_DETAIL = 2000
 _PAGE = 100
 _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _SERVER_ERROR = 401, 403, 404, 500
 
@@ -30,6 +32,9 @@ class AirflowClient:
         token: A token for it; None gets one with the user's name and password.
         username: Who logs in.
         password: The password.
+
+    Raises:
+        SubmissionError: The address is none.
     """
 
     def __init__(
@@ -45,7 +50,10 @@ class AirflowClient:
         self.url = url.rstrip("/")
         self._credentials = (username, password)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        except httpx.InvalidURL as error:
+            raise SubmissionError(f"{url!r} is no address of a server: {error}") from error
 
     @classmethod
     def from_environment(cls, url: str | None = None) -> AirflowClient:
@@ -199,7 +207,8 @@ class AirflowClient:
                     self._log_in()
                 response = self._http.request(method, path, **arguments)
             except httpx.TransportError as error:
-                if last or (method == "POST" and not isinstance(error, httpx.ConnectError)):
+                arrived = method == "POST" and not isinstance(error, httpx.ConnectError)
+                if last or arrived or isinstance(error, httpx.UnsupportedProtocol):
                     raise SubmissionError(f"{self.url} can't be reached: {error}") from error
             else:
                 if response.status_code == _UNAUTHORIZED and self._credentials[0] and attempt == 0:
@@ -215,17 +224,37 @@ def _read(response: httpx.Response) -> dict[str, Any]:
     """Return the answer's JSON.
 
     Raises:
-        SubmissionError: The server refused; with its own words.
+        SubmissionError: The server refused, with its own words; or is no Airflow.
     """
-    if response.is_success:
-        return dict(response.json()) if response.content else {}
-    try:
-        detail = response.json().get("detail", response.text)
-    except ValueError:
-        detail = response.text
-    if isinstance(detail, dict):
-        detail = detail.get("message") or detail.get("reason") or detail
     request = f"{response.request.method} {response.request.url.path}"
+    if response.is_success:
+        try:
+            return dict(response.json()) if response.content else {}
+        except (TypeError, ValueError) as error:
+            raise SubmissionError(
+                f"{response.request.url.host} answers {request} as no Airflow does; is {URL_VARIABLE} "
+                f"right? It begins with {response.text[:_SHOWN_CHARACTERS]!r}"
+            ) from error
+    detail = _find_detail(response)
     if response.status_code in (_UNAUTHORIZED, _FORBIDDEN):
         raise SubmissionError(f"Airflow does not allow {request} to this login: {detail}")
     raise SubmissionError(f"Airflow refused {request} ({response.status_code}): {detail}")
+
+
+def _find_detail(response: httpx.Response) -> str:
+    """Return why the server refused, in its own words."""
+    try:
+        detail = response.json()["detail"]
+    except (ValueError, TypeError, KeyError, IndexError):
+        detail = response.text
+    if isinstance(detail, dict):
+        detail = detail.get("message") or detail.get("reason") or detail
+    elif isinstance(detail, list):  # FastAPI's way to say which field of the request is wrong
+        detail = "; ".join(map(_describe_field, detail))
+    return str(detail)[:_LONGEST_DETAIL]
+
+
+def _describe_field(problem: Any) -> str:
+    if not isinstance(problem, dict) or "msg" not in problem:
+        return str(problem)
+    return f"{'.'.join(map(str, problem.get('loc') or ()))}: {problem['msg']}"

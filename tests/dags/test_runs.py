@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -98,9 +99,7 @@ def test_a_parameter_of_the_dag_s_own_name_is_refused():
 def test_a_step_over_its_timeout_is_ended_with_all_that_it_started(run_dag: RunDag, tmp_path):
     beat = tmp_path / "beat"
     loop = f"while :; do date +%N > {beat}; sleep 0.05; done"
-    step = CommandStep(
-        ["sh", "-c", f"setsid sh -c '{loop}' & wait"], name="endless", timeout=1
-    )
+    step = CommandStep(["sh", "-c", f"setsid sh -c '{loop}' & wait"], name="endless", timeout=1)
     dag = Pipeline(Workspace.from_config(), [step], name="over_time").to_dag()
 
     run = run_dag(dag)
@@ -111,7 +110,25 @@ def test_a_step_over_its_timeout_is_ended_with_all_that_it_started(run_dag: RunD
     assert beat.read_text() == before
 
 
-def test_a_failed_step_says_why_and_says_so_again_after_a_retry(run_dag: RunDag):
+def test_an_input_is_found_where_the_author_wants_it(run_dag: RunDag):
+    from tests.dags.project import _xcom
+
+    made, copied = PipelineData("made"), PipelineData("copied")
+    make = CommandStep(["sh", "-c", f"echo here > {made}"], name="make", outputs=[made])
+    show = CommandStep(
+        ["sh", "-c", f"cp data/sub/made.txt {copied} && echo more >> data/sub/made.txt"],
+        name="show",
+        inputs=[made.as_download(path_on_compute="data/sub/made.txt")],
+        outputs=[copied],
+    )
+    run = run_dag(Pipeline(Workspace.from_config(), [make, show], name="placed").to_dag())
+
+    assert run.state == "success"
+    uri = _xcom(run, "show", "copied")["uri"]
+    assert Path(uri.removeprefix("file://")).read_text() == "here\n"
+
+
+def test_a_failed_step_says_why(run_dag: RunDag):
     from tests.dags.project import _xcom
 
     step = CommandStep(["sh", "-c", "echo no luck; exit 7"], name="unlucky", allow_reuse=False)

@@ -309,6 +309,15 @@ class TestProblems:
 
         assert "is that of step 'a' already" in messages(Pipeline(ws, steps))[0]
 
+    @pytest.mark.parametrize("path", ["/data", "../data", "a/../../b", "", "."])
+    def test_an_input_stays_below_the_working_directory(self, ws, path):
+        raw = DataReference(Datastore(ws, "store"), "raw", path_on_compute=path)
+
+        problems = messages(Pipeline(ws, [command("use", inputs=[raw])]))
+
+        assert len(problems) == 1
+        assert "step 'use', input 'raw': path_on_compute" in problems[0]
+
     def test_two_inputs_of_one_name(self, ws):
         one = DataReference(ws.default_datastore, "raw", "a.csv")
         two = DataReference(ws.default_datastore, "raw", "b.csv")
