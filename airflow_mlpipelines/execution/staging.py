@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -147,7 +146,7 @@ def link_inputs(stage: Stage, step: StepSpec, paths: ProcessPaths) -> None:
         try:
             link.symlink_to(target)
         except FileExistsError as error:
-            if link.is_symlink() and os.readlink(link) == target:  # of a try that is adopted
+            if link.is_symlink() and str(link.readlink()) == target:  # of a try that is adopted
                 continue
             raise DataError(
                 f"step {step.name!r}, input {item.name!r}: path_on_compute is {item.path_on_compute!r}, "
