@@ -106,6 +106,14 @@ class AirflowClient:
         response = self._send("GET", f"/api/v2/dags/{dag_id}")
         return None if response.status_code == _NOT_FOUND else _read(response)
 
+    def has_pool(self, name: str) -> bool:
+        """Return whether the server has a pool of this name."""
+        response = self._send("GET", f"/api/v2/pools/{name}")
+        if response.status_code == _NOT_FOUND:
+            return False
+        _read(response)
+        return True
+
     def unpause(self, dag_id: str) -> None:
         """Let the server run a DAG."""
         _read(self._send("PATCH", f"/api/v2/dags/{dag_id}", json={"is_paused": False}))
