@@ -50,7 +50,8 @@ class LocalCompute(ComputeTarget):
 
     Args:
         name: Its name.
-        max_nodes: How many steps may run on it at once, over all pipelines.
+        max_nodes: How many steps may run on it at once, over all pipelines. Airflow sees to it with the
+            pool ``mlpipelines_<name>``, which has to be there: ``airflow pools set mlpipelines_<name> 4 ""``.
     """
 
     type = "local"

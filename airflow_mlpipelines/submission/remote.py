@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlpipelines.compiler.tasks import pool_name
+from airflow_mlpipelines.exceptions import SubmissionError
 from airflow_mlpipelines.submission.run import PipelineRun
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from airflow_mlpipelines.definition.graph import PipelineGraph
     from airflow_mlpipelines.definition.pipeline import Pipeline
     from airflow_mlpipelines.submission.rest import AirflowClient
 
@@ -48,9 +51,23 @@ def submit_over_rest(
     """Start a run of a pipeline that a server has as a DAG.
 
     Raises:
-        SubmissionError: The server can't be reached, has no such DAG, or refuses a parameter.
+        SubmissionError: The server can't be reached, has no such DAG, refuses a parameter, or has no
+            pool for a compute's ``max_nodes``.
         PipelineCheckError: Something is wrong with the pipeline.
     """
     graph = pipeline.graph
+    _check_pools(graph, client)
     run_id = client.trigger(pipeline.dag_id, conf)
     return PipelineRun(graph, RemoteRun(client, pipeline.dag_id, run_id), experiment=experiment)
+
+
+def _check_pools(graph: PipelineGraph, client: AirflowClient) -> None:
+    """Refuse what would never start: Airflow lets a task wait for ever if its pool is not there."""
+    for name in sorted({step.compute for step in graph.steps}):
+        nodes, pool = graph.computes[name].max_nodes, pool_name(name)
+        if nodes is not None and not client.has_pool(pool):
+            raise SubmissionError(
+                f"pipeline {graph.name!r}: compute {name!r} has max_nodes={nodes}, which Airflow keeps with "
+                f"the pool {pool!r}; the server has none of that name, and the steps would wait for ever. "
+                f"Make it: airflow pools set {pool} {nodes} 'steps on {name}'"
+            )

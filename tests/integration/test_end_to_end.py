@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from airflow_mlpipelines.cli.files import load_pipelines
 from airflow_mlpipelines.exceptions import SubmissionError
+from airflow_mlpipelines.submission.remote import submit_over_rest
 
 pytestmark = pytest.mark.stack
 
@@ -37,7 +39,7 @@ with DAG("grouped", schedule=None):
 SLOW = '''
 """Steps that take their time, for airflow to end them. A dag."""
 import sys
-from airflow_mlpipelines import CommandStep, Pipeline, PipelineData, Workspace
+from airflow_mlpipelines import CommandStep, LocalCompute, Pipeline, PipelineData, Workspace
 
 for name in ("slow_one", "slow_two"):
     out = PipelineData("out")
@@ -45,6 +47,11 @@ for name in ("slow_one", "slow_two"):
         ["sh", "-c", f"echo started; sleep 5; date +%N > {out}; echo over"], name="sleep", outputs=[out]
     )
     globals()[name] = Pipeline(Workspace.from_config(), [step], name=name).to_dag()
+ws = Workspace.from_config()
+few = Pipeline(
+    ws, [CommandStep(["true"], name="one", compute_target=LocalCompute("few", max_nodes=1))], name="few"
+)
+few_dag = few.to_dag()
 endless = Pipeline(
     Workspace.from_config(),
     [CommandStep(["sh", "-c", "echo started; exec sleep 987654"], name="wait")],
@@ -196,6 +203,14 @@ def test_log_lines_arrive_while_the_step_runs_and_a_stopped_run_leaves_nothing(a
     airflow.cancel("endless", run_id)
 
     wait_for(lambda: not sleepers(), what="the end of the program", seconds=30)
+
+
+def test_a_compute_with_max_nodes_wants_its_pool(airflow, stack):
+    [pipeline] = [
+        found for found in load_pipelines(stack.dags_folder / "slow.py") if found.name == "few"
+    ]
+    with pytest.raises(SubmissionError, match="airflow pools set mlpipelines_few 1"):
+        submit_over_rest(pipeline, {}, client=airflow)
 
 
 def sleepers():
