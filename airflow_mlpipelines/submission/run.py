@@ -151,7 +151,8 @@ class PipelineRun:
                 f"{sorted(offered)}"
             )
         step_id, output = offered[pipeline_output_name]
-        return self.find_step_run(step_id)[0].get_output_data(output)
+        step = next(step for step in self.get_steps() if step.task_id == step_id)
+        return step.get_output_data(output)
 
     def wait_for_completion(
         self,
