@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from airflow_mlpipelines.submission.rest import AirflowClient
 LIMIT_STEP = 1.25
 LIMIT_REUSE = 1.5
 CHAIN, FAN = 20, 60
+MAKE_ALL = "--make-all"
 DAGS = '''
 """DAGs of the benchmark, for airflow."""
 from airflow.providers.standard.operators.bash import BashOperator
@@ -100,7 +102,7 @@ def main() -> int:
             client = AirflowClient(stack.url, username=stack.username, password=stack.password)
             results = [
                 *measure_steps(client, args.rounds),
-                measure_reuse(client, args.steps, args.rounds),
+                measure_reuse(stack, client, args.steps, args.rounds),
             ]
     for result in results:
         print(json.dumps(result) if args.json else _show(result), flush=True)
@@ -134,21 +136,61 @@ def measure_steps(client: AirflowClient, rounds: int) -> list[dict[str, object]]
     return results
 
 
-def measure_reuse(client: AirflowClient, steps: int, rounds: int) -> dict[str, object]:
+def make_all_steps() -> None:
+    """Make the outputs of the pipeline ``reuse``, without a scheduler: a 1000 deep tasks take it long."""
+    from airflow_mlpipelines.caching.index import MetadataIndex
+    from airflow_mlpipelines.cli.files import load_pipeline
+    from airflow_mlpipelines.compute.local import LocalLauncher
+    from airflow_mlpipelines.execution.handles import FileHandle
+    from airflow_mlpipelines.execution.identity import TaskIdentity
+    from airflow_mlpipelines.execution.planning import plan_run
+    from airflow_mlpipelines.execution.step import Services, StepRunner
+    from airflow_mlpipelines.operators.connections import metadata_url, open_stores
+
+    graph = load_pipeline(Path(sys.argv[2]), "reuse").graph
+    index, stores = MetadataIndex(metadata_url()), open_stores(graph)
+    plan = plan_run(graph, parameters={}, regenerate=(), index=index, stores=stores)
+    made = {}
+    for step in graph.steps:
+        compute = graph.computes[step.compute]
+        identity = TaskIdentity("reuse", "made_before", step.id, -1, 0, 1)
+        runner = StepRunner(
+            step,
+            graph,
+            identity=identity,
+            plan=plan,
+            inputs={item.name: made[item.source.step][item.source.output] for item in step.inputs},
+            services=Services(
+                index=index,
+                stores=stores,
+                launcher=LocalLauncher(compute),
+                handle=FileHandle(Path(sys.argv[2]).with_name(f"{step.id}.json")),
+                emit=lambda _: None,
+            ),
+        )
+        made[step.id] = runner.run().outputs
+
+
+def measure_reuse(
+    stack: AirflowStack, client: AirflowClient, steps: int, rounds: int
+) -> dict[str, object]:
     """Return the time of a run that reuses everything against that of tasks skipped by hand."""
     report(f"Making {steps} steps for the first time")
-    run(client, "reuse", seconds=3600)
+    subprocess.run(
+        [sys.executable, __file__, MAKE_ALL, str(stack.dags_folder / "benchmark.py")],
+        env=stack.environment,
+        check=True,
+    )
+    run(client, "reuse")
     run(client, "skip_by_hand")
     pairs, processes = [], 0
     for _ in range(rounds):
         _, by_hand = run(client, "skip_by_hand")
         run_id, ours = run(client, "reuse")
         started = [
-            task["task_id"]
-            for task in client.list_task_instances("reuse", run_id)
-            if task["try_number"] > 0
+            task["task_id"] for task in client.list_task_instances("reuse", run_id) if task["pid"]
         ]
-        processes = len([name for name in started if name != "finish"])
+        processes = len(started)
         pairs.append((by_hand, ours))
     hand, reuse = (statistics.median(times) for times in zip(*pairs, strict=True))
     return {
@@ -213,4 +255,7 @@ def _show(result: dict[str, object]) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [MAKE_ALL]:
+        make_all_steps()
+        sys.exit()
     raise SystemExit(main())
