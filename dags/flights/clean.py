@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import pandas as pd
 import tables
 
 COLUMNS = [
@@ -20,8 +19,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    flights = pd.read_csv(args.raw / "flights.csv", usecols=COLUMNS)
+    flights = tables.read_csv(args.raw / "flights.csv", COLUMNS)
     landed = flights.dropna(subset=["arr_delay", "dep_delay", "tailnum"])
+    if landed.empty:
+        raise SystemExit(f"none of the {len(flights):,} flights has landed")
     print(f"{len(flights) - len(landed):,} of {len(flights):,} flights never landed")
     landed = landed.sort_values(
         ["month", "day", "sched_dep_time", "carrier", "tailnum"], kind="stable"

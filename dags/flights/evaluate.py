@@ -13,6 +13,15 @@ import tables
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 
+def load_model(folder: Path) -> tuple[dict, object]:
+    """Return what train.py wrote, or end with what is wrong with it."""
+    try:
+        facts = json.loads((folder / "facts.json").read_text())
+        return facts, joblib.load(folder / "model.joblib")
+    except (OSError, ValueError, EOFError) as error:
+        raise SystemExit(f"{folder} holds no model that can be read: {error}") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", type=Path, required=True)
@@ -21,12 +30,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    _, test = tables.split(tables.read(args.table), args.test_month)
+    _, test = tables.split(tables.read(args.table, ["month", tables.TARGET]), args.test_month)
+    tables.check_both(test, f"of month {args.test_month}")
     truth = test[tables.TARGET]
     scores = {}
     for folder in args.models:
-        facts = json.loads((folder / "facts.json").read_text())
-        guess = joblib.load(folder / "model.joblib").predict_proba(test[facts["features"]])[:, 1]
+        facts, model = load_model(folder)
+        lacking = [name for name in facts["features"] if name not in test.columns]
+        if lacking:
+            raise SystemExit(
+                f"{args.table} lacks the columns {lacking}, which {folder} was trained on"
+            )
+        guess = model.predict_proba(test[facts["features"]])[:, 1]
         wrong, right, _ = roc_curve(truth, guess)
         grid = np.linspace(0, 1, 101)
         scores[facts["model"]] = {

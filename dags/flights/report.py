@@ -18,7 +18,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    result = json.loads((args.choice / "scores.json").read_text())
+    scores = args.choice / "scores.json"
+    try:
+        result = json.loads(scores.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{scores} can't be read: {error}") from None
+    lacking = [name for name in ("best", "month", "flights", "scores") if name not in result]
+    if lacking:
+        raise SystemExit(f"{scores} lacks {lacking}")
     args.out.mkdir(parents=True)
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     for name, score in result["scores"].items():

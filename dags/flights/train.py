@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    before, _ = tables.split(tables.read(args.table), args.test_month)
+    before, _ = tables.split(tables.read(args.table, ["month", tables.TARGET]), args.test_month)
+    tables.check_both(before, f"before month {args.test_month}")
     features = before.drop(columns=[tables.TARGET])
     model = make_model(args.model, args.learning_rate, args.seed)
     model.fit(features, before[tables.TARGET])
