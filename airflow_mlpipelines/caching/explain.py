@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.caching.decision import MissReason
+from airflow_mlpipelines.caching.index import RAN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ _STEP_WORDS = {
     "command": "command",
     "arguments": "arguments",
     "bound_params": "params",
+    "input_paths": "path_on_compute of inputs",
     "outputs": "outputs",
     "secrets": "secrets",
     "version": "version",
@@ -52,6 +54,24 @@ def describe_change(
     if not phrases:  # it ran, but left no entry: reuse was off, or its entry is gone
         return MissReason.CHANGED, "its earlier outputs are not remembered"
     return MissReason.CHANGED, join_differences(phrases)
+
+
+def find_change(
+    index: MetadataIndex, run: StepRunRecord, earlier: Sequence[StepRunRecord]
+) -> tuple[StepRunRecord | None, list[str]]:
+    """Return the nearest earlier run in which the step's program ran, and what differed from it.
+
+    Raises:
+        CacheError: The index can't be asked.
+    """
+    if run.ingredients is None:
+        return None, []
+    nearest = find_nearest(run.ingredients, [item for item in earlier if item.state == RAN])
+    if nearest is None or nearest.ingredients is None:
+        return None, []
+    wanted = content_digests(nearest.ingredients) | content_digests(run.ingredients)
+    contents = index.get_contents(wanted)
+    return nearest, find_differences(nearest.ingredients, run.ingredients, contents)
 
 
 def find_nearest(ingredients: Ingredients, runs: Sequence[StepRunRecord]) -> StepRunRecord | None:

@@ -246,7 +246,8 @@ def cache_ls(
     if as_json:
         print_json([entry_to_dict(entry) for entry in entries])
         return
-    from airflow_mlpipelines.cli.tables import print_table, show_seconds, show_size
+    from airflow_mlpipelines._units import show_size
+    from airflow_mlpipelines.cli.tables import print_table, show_seconds
 
     print_table(
         ["key", "pipeline", "step", "made", "took", "size"],

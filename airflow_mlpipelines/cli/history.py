@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines._naming import list_options, suggest
-from airflow_mlpipelines.caching.explain import content_digests, find_differences, find_nearest
+from airflow_mlpipelines.caching.explain import find_change
 from airflow_mlpipelines.caching.index import MetadataIndex
 from airflow_mlpipelines.exceptions import DefinitionError
 from airflow_mlpipelines.operators.connections import metadata_url
 
 if TYPE_CHECKING:
-    from airflow_mlpipelines.caching.index import CacheEntry, StepRunRecord
+    from airflow_mlpipelines.caching.index import CacheEntry
 
 _DEPTH = 200
 
@@ -40,8 +40,7 @@ def explain_step(dag_id: str, step: str, run_id: str | None) -> dict[str, Any]:
     chosen = next((run for run in runs if run_id is None or run.run_id == run_id), None)
     if chosen is None:
         raise DefinitionError(f"nothing is known of step {step!r} in run {run_id!r} of {dag_id!r}")
-    earlier = [run for run in runs[runs.index(chosen) + 1 :] if run.state == "ran"]
-    nearest = find_nearest(chosen.ingredients or {}, earlier) if chosen.ingredients else None
+    nearest, differences = find_change(index, chosen, runs[runs.index(chosen) + 1 :])
     return {
         "dag_id": dag_id,
         "run_id": chosen.run_id,
@@ -52,17 +51,8 @@ def explain_step(dag_id: str, step: str, run_id: str | None) -> dict[str, Any]:
         "seconds_saved": chosen.seconds_saved,
         "fingerprint": chosen.fingerprint,
         "compared_with": nearest.run_id if nearest is not None else None,
-        "differences": _differences(index, nearest, chosen),
+        "differences": differences,
     }
-
-
-def _differences(
-    index: MetadataIndex, before: StepRunRecord | None, after: StepRunRecord
-) -> list[str]:
-    if before is None or before.ingredients is None or after.ingredients is None:
-        return []
-    wanted = content_digests(before.ingredients) | content_digests(after.ingredients)
-    return find_differences(before.ingredients, after.ingredients, index.get_contents(wanted))
 
 
 def entry_to_dict(entry: CacheEntry) -> dict[str, Any]:

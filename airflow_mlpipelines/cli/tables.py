@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+from airflow_mlpipelines._units import show_duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -20,6 +23,8 @@ _COLOURS = {
     "skipped": "bright_black",
     "not_started": "bright_black",
 }
+_FILE_WIDTH = 160
+"""Columns where the output is no terminal, but a file or a log of CI."""
 
 
 def print_table(
@@ -29,7 +34,10 @@ def print_table(
     table = Table(*columns, title=title, title_justify="left", header_style="bold", box=None)
     for row in rows:
         table.add_row(*[_paint(cell) for cell in row])
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _FILE_WIDTH
+    console.print(table)
 
 
 def _paint(cell: Any) -> str:
@@ -41,16 +49,5 @@ def _paint(cell: Any) -> str:
 
 
 def show_seconds(seconds: float | None) -> str:
-    """Return a duration for people."""
-    if not seconds:
-        return ""
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-
-
-def show_size(size: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TB"
+    """Return a duration for people; nothing where there was none."""
+    return show_duration(seconds) if seconds else ""

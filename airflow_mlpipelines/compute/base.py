@@ -64,8 +64,8 @@ class ResolvedEnvironment:
 
     Attributes:
         description: JSON: ``{"kind": "python", "python": "3.11.7", "packages": {name: version},
-            "variables": {...}}`` or ``{"kind": "image", "image": "<name for people>", "digest":
-            "sha256:…", "variables": {...}}``.
+            "variables": {name: digest}}`` or ``{"kind": "image", "image": "<name for people>", "digest":
+            "sha256:…", "variables": {name: digest}}``.
         image: The reference to run, by digest; None for processes.
         python: The interpreter, where it is known beforehand.
         cacheable: False if its content can't be known, so that nothing may be reused.
@@ -83,6 +83,12 @@ class ResolvedEnvironment:
         """64 hex digits. An image's name does not count, its digest does."""
         counted = {key: value for key, value in self.description.items() if key != "image"}
         return digest("environment-v1", counted)
+
+
+def digest_variables(environment: EnvironmentSpec | None) -> dict[str, str]:
+    """Return the environment's variables with the digests of their values: people put passwords there."""
+    values = environment.environment_variables if environment is not None else {}
+    return {name: digest("variable-v1", value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from filelock import FileLock
 
 from airflow_mlpipelines import settings
 from airflow_mlpipelines._digest import digest
-from airflow_mlpipelines.compute.base import ResolvedEnvironment
+from airflow_mlpipelines.compute.base import ResolvedEnvironment, digest_variables
 from airflow_mlpipelines.compute.interpreter import installed_packages, python_version
 from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError
 from airflow_mlpipelines.storage.trees import digest_tree
@@ -91,7 +91,6 @@ def resolve_python(environment: EnvironmentSpec | None, *, compute: str) -> Reso
     Raises:
         EnvironmentBuildError: It can't be resolved, or not for a process.
     """
-    variables = dict(environment.environment_variables) if environment is not None else {}
     if environment is None or not environment.has_packages:
         if environment is not None and (environment.image or environment.dockerfile):
             raise EnvironmentBuildError(
@@ -107,7 +106,7 @@ def resolve_python(environment: EnvironmentSpec | None, *, compute: str) -> Reso
             "kind": "python",
             "python": python,
             "packages": packages,
-            "variables": variables,
+            "variables": digest_variables(environment),
         }
     )
 

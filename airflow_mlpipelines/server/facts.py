@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.caching.explain import content_digests, find_differences, find_nearest
+from airflow_mlpipelines.caching.explain import content_digests, find_change
 from airflow_mlpipelines.caching.index import RAN, REUSED
 from airflow_mlpipelines.runtime.metrics import to_json_value
 
@@ -80,20 +80,6 @@ def find_earlier(index: MetadataIndex, run: StepRunRecord) -> list[StepRunRecord
     """Return the earlier runs of a step run's step in its DAG, newest first."""
     runs = index.find_step_runs(dag_id=run.dag_id, step=run.step, limit=_DEPTH)
     return runs[runs.index(run) + 1 :] if run in runs else []
-
-
-def find_change(
-    index: MetadataIndex, run: StepRunRecord, earlier: Sequence[StepRunRecord]
-) -> tuple[StepRunRecord | None, list[str]]:
-    """Return the nearest earlier run in which the step's program ran, and what differed from it."""
-    if run.ingredients is None:
-        return None, []
-    nearest = find_nearest(run.ingredients, [item for item in earlier if item.state == RAN])
-    if nearest is None or nearest.ingredients is None:
-        return None, []
-    wanted = content_digests(nearest.ingredients) | content_digests(run.ingredients)
-    contents = index.get_contents(wanted)
-    return nearest, find_differences(nearest.ingredients, run.ingredients, contents)
 
 
 def describe_command(step: Mapping[str, Any]) -> str:

@@ -7,13 +7,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from airflow_mlpipelines._units import show_duration, show_size
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import jinja2
-
-_UNIT = 1024
-_MINUTE = 60
 
 
 def render_step_run(facts: Mapping[str, Any]) -> str:
@@ -49,32 +48,6 @@ def _templates() -> jinja2.Environment:
         "page_url": page_url,
     }
     return templates
-
-
-def show_duration(seconds: float) -> str:
-    """Return a duration for people.
-
-    Example:
-        >>> show_duration(4.24), show_duration(150)
-        ('4.2 s', '2.5 min')
-    """
-    return f"{seconds:.1f} s" if seconds < 2 * _MINUTE else f"{seconds / _MINUTE:.1f} min"
-
-
-def show_size(size: float) -> str:
-    """Return a number of bytes for people.
-
-    Example:
-        >>> show_size(17), show_size(2048)
-        ('17 B', '2.0 KiB')
-    """
-    if size < _UNIT:
-        return f"{size:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        size /= _UNIT
-        if size < _UNIT:
-            return f"{size:.1f} {unit}"
-    return f"{size / _UNIT:.1f} TiB"
 
 
 def show_value(value: Any) -> str:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.compute.base import Launcher, ResolvedEnvironment
+from airflow_mlpipelines.compute.base import Launcher, ResolvedEnvironment, digest_variables
 from airflow_mlpipelines.compute.docker.container import (
     STEP_RUN_LABEL,
     container_paths,
@@ -334,13 +334,12 @@ class DockerLauncher(Launcher):
 def _resolved(
     name: str, identity: ImageIdentity, environment: EnvironmentSpec | None
 ) -> ResolvedEnvironment:
-    variables = dict(environment.environment_variables) if environment is not None else {}
     return ResolvedEnvironment(
         description={
             "kind": "image",
             "image": name,
             "digest": identity.digest,
-            "variables": variables,
+            "variables": digest_variables(environment),
         },
         image=identity.reference,
         cacheable=identity.digest is not None,
