@@ -101,9 +101,9 @@ def test_the_table_of_what_is_remembered_has_a_line_for_each_entry(mlpipelines):
 
     assert lines[0].split() == ["key", "pipeline", "step", "made", "took", "size"]
     assert [" ".join(line.split()) for line in lines[1:]] == [
-        "cd3000000000 sales train 2026-03-01 14:30 90.0 s 2.0 KB",
-        "ab2000000000 churn report 2026-03-01 13:30 90.0 s 2.0 KB",
-        "ab1000000000 churn train 2026-03-01 12:30 90.0 s 2.0 KB",
+        "cd3000000000 sales train 2026-03-01 14:30 90.0 s 2.0 KiB",
+        "ab2000000000 churn report 2026-03-01 13:30 90.0 s 2.0 KiB",
+        "ab1000000000 churn train 2026-03-01 12:30 90.0 s 2.0 KiB",
     ]
 
 
