@@ -55,8 +55,9 @@ def make_runner(operator: StepOperator, context: Context) -> StepRunner:
             f"step {step.name!r} is not in the plan of this run: the DAG changed while it was running. "
             f"Clear the task {operator.prefix}{CACHE_SENSOR_TASK!r} to plan anew."
         )
+    map_index = -1 if ti.map_index is None else ti.map_index
     identity = TaskIdentity(
-        ti.dag_id, ti.run_id, ti.task_id, ti.map_index or -1, ti.max_tries, ti.try_number
+        ti.dag_id, ti.run_id, ti.task_id, map_index, ti.max_tries, ti.try_number
     )
     services = Services(
         index=index,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from airflow_mlpipelines.compute.docker import DockerLauncher
+from airflow_mlpipelines.compute.log_lines import LONGEST_LINE
 from airflow_mlpipelines.definition.graph import DockerComputeSpec
 from airflow_mlpipelines.exceptions import StepFailedError
 from tests.integration.docker.conftest import IMAGE, DockerStep, docker_cli, wait_until
@@ -263,8 +264,10 @@ def test_a_large_log_arrives_whole(step: DockerStep) -> None:
     assert lines[-1] == f"line 99999 {'✓' * 10}"
 
 
-def test_a_long_line_arrives_whole(step: DockerStep) -> None:
-    assert step.run(step.python("print('é' * 50_000)")) == ["é" * 50_000]
+def test_a_long_line_arrives_in_pieces_that_cut_no_character(step: DockerStep) -> None:
+    lines = step.run(step.python("print('é' * 50_000)"))
+    assert [len(line.encode()) for line in lines] == [LONGEST_LINE, 100_000 - LONGEST_LINE]
+    assert "".join(lines) == "é" * 50_000
 
 
 class FlakyDaemon:
