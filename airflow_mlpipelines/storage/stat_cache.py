@@ -8,24 +8,37 @@ written again within the same tick of the clock is never remembered (the "racily
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import struct
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import os
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 _FRESH_NANOSECONDS = 2_000_000_000
 """Younger changes than this are not trusted: file systems tick as slowly as every two seconds."""
 _ROW = struct.Struct("<QQQqq32s")
-Row = tuple[int, int, int, int, int, bytes]
-"""Device, inode, size, modification time, change time, digest."""
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS directories (path BLOB PRIMARY KEY, used INTEGER NOT NULL, files BLOB NOT NULL)
+CREATE TABLE IF NOT EXISTS listings (path BLOB PRIMARY KEY, used INTEGER NOT NULL, files BLOB NOT NULL)
 """
+
+
+class KnownFile(NamedTuple):
+    """A file that was read: what the file system said of it then, and the 32 bytes of its digest."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+    digest: bytes
+
+    def is_of(self, status: os.stat_result) -> bool:
+        """Return whether a file of which the file system says this is unchanged since."""
+        return self[:5] == _key(status)
 
 
 class StatCache:
@@ -39,21 +52,15 @@ class StatCache:
         self._path = path
         self._connection: sqlite3.Connection | None = None
 
-    def get_many(self, files: Sequence[tuple[bytes, os.stat_result]]) -> list[bytes | None]:
-        """Return each file's digest (32 bytes), or None where it has to be read."""
-        wanted = _by_directory(files)
-        known = self._load(list(wanted))
-        found: list[bytes | None] = [None] * len(files)
-        for directory, members in wanted.items():
-            remembered = known.get(directory)
-            if remembered is None:
-                continue
-            for number, name in members:
-                status = files[number][1]
-                row = remembered.get(name)
-                if row is not None and row[:5] == _key(status):
-                    found[number] = row[5]
-        return found
+    def get(self, file: bytes, status: os.stat_result) -> bytes | None:
+        """Return a file's digest (32 bytes), or None if it has to be read."""
+        directory, name = _split(file)
+        known = self.get_directory(directory).get(name)
+        return known.digest if known is not None and known.is_of(status) else None
+
+    def get_directory(self, directory: bytes) -> Mapping[bytes, KnownFile]:
+        """Return what was known of the files right in a directory (whose path ends with ``/``), by name."""
+        return self._load([directory]).get(directory, {})
 
     def put_many(self, files: Sequence[tuple[bytes, os.stat_result, bytes]]) -> None:
         """Remember the digest of each file as it was when ``stat`` was asked, before reading."""
@@ -65,27 +72,26 @@ class StatCache:
         ]
         if not steady:
             return
-        wanted = _by_directory([(path, status) for path, status, _ in steady])
+        changed: dict[bytes, dict[bytes, KnownFile]] = {}
+        for path, status, digest in steady:
+            directory, name = _split(path)
+            changed.setdefault(directory, {})[name] = KnownFile(*_key(status), digest)
         connection = self._connect()
         if connection is None:
             return
         try:
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
-                known = self._load(list(wanted))
-                for directory, members in wanted.items():
-                    rows = known.get(directory, {})
-                    for number, name in members:
-                        _, status, digest = steady[number]
-                        rows[name] = (*_key(status), digest)
+                known = self._load(list(changed))
+                for directory, files_in_it in changed.items():
                     connection.execute(
-                        "INSERT OR REPLACE INTO directories VALUES (?, ?, ?)",
-                        (directory, now, _pack(rows)),
+                        "INSERT OR REPLACE INTO listings VALUES (?, ?, ?)",
+                        (directory, now, _pack({**known.get(directory, {}), **files_in_it})),
                     )
         except sqlite3.Error:
             self._give_up()
 
-    def _load(self, directories: list[bytes]) -> dict[bytes, dict[bytes, Row]]:
+    def _load(self, directories: list[bytes]) -> dict[bytes, dict[bytes, KnownFile]]:
         connection = self._connect()
         if connection is None:
             return {}
@@ -93,11 +99,11 @@ class StatCache:
         try:
             for directory in directories:
                 row = connection.execute(
-                    "SELECT files FROM directories WHERE path = ?", (directory,)
+                    "SELECT files FROM listings WHERE path = ?", (directory,)
                 ).fetchone()
                 if row is not None:
                     known[directory] = _unpack(row[0])
-        except (sqlite3.Error, struct.error):
+        except (sqlite3.Error, struct.error, ValueError):
             self._give_up()
             return {}
         return known
@@ -125,14 +131,10 @@ class StatCache:
         self._path.unlink(missing_ok=True)
 
 
-def _by_directory(
-    files: Sequence[tuple[bytes, os.stat_result]],
-) -> dict[bytes, list[tuple[int, bytes]]]:
-    wanted: dict[bytes, list[tuple[int, bytes]]] = {}
-    for number, (path, _) in enumerate(files):
-        directory, name = os.path.split(path)
-        wanted.setdefault(directory, []).append((number, name))
-    return wanted
+def _split(path: bytes) -> tuple[bytes, bytes]:
+    """Return a file's directory, with the ``/`` at its end, and its name."""
+    cut = path.rfind(b"/") + 1
+    return path[:cut], path[cut:]
 
 
 def _key(status: os.stat_result) -> tuple[int, int, int, int, int]:
@@ -145,22 +147,12 @@ def _key(status: os.stat_result) -> tuple[int, int, int, int, int]:
     )
 
 
-def _pack(rows: dict[bytes, Row]) -> bytes:
-    parts: list[bytes] = []
-    for name, row in rows.items():
-        parts += [len(name).to_bytes(2, "little"), name, _ROW.pack(*row)]
-    return b"".join(parts)
+def _pack(files: Mapping[bytes, KnownFile]) -> bytes:
+    """Return the names, parted by the one character that no name holds, a zero byte, and the rows."""
+    return b"/".join(files) + b"\0" + b"".join(_ROW.pack(*file) for file in files.values())
 
 
-def _unpack(data: bytes) -> dict[bytes, Row]:
-    rows: dict[bytes, Row] = {}
-    position, end = 0, len(data)
-    while position < end:
-        length = int.from_bytes(data[position : position + 2], "little")
-        position += 2
-        name = data[position : position + length]
-        position += length
-        device, inode, size, modified, changed, digest = _ROW.unpack_from(data, position)
-        rows[name] = (device, inode, size, modified, changed, digest)
-        position += _ROW.size
-    return rows
+def _unpack(data: bytes) -> dict[bytes, KnownFile]:
+    names, _, rows = data.partition(b"\0")
+    files = map(KnownFile._make, _ROW.iter_unpack(rows))
+    return dict(zip(names.split(b"/"), files, strict=True))

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from airflow_mlpipelines._digest import DIGEST_PREFIX
 from airflow_mlpipelines.exceptions import DataError
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 _LARGE = 8 * 1024 * 1024
 """From this size on a file is read through a memory map by several threads."""
 _DIRECTORY, _FILE, _LINK = b"d", b"f", b"l"
+_KINDS = {stat.S_IFDIR: _DIRECTORY, stat.S_IFREG: _FILE, stat.S_IFLNK: _LINK}
+_LENGTH = struct.Struct(">Q").pack
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,7 @@ class TreeDigest:
     kind: Literal["dir", "file"]
 
 
-@dataclass(frozen=True)
-class TreeEntry:
+class TreeEntry(NamedTuple):
     """One member of a tree: its path from the root in raw bytes, its kind and its stat."""
 
     path: bytes
@@ -78,10 +80,11 @@ def digest_tree(
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}") from error
     if stat.S_ISREG(status.st_mode):
-        known = cache.get_many([(os.fsencode(path), status)])[0] if cache is not None else None
-        digest = known or digest_file(os.fsencode(path))
+        file = os.fsencode(path)
+        known = cache.get(file, status) if cache is not None else None
+        digest = known or digest_file(file)
         if cache is not None and known is None:
-            cache.put_many([(os.fsencode(path), status, digest)])
+            cache.put_many([(file, status, digest)])
         return TreeDigest(f"{DIGEST_PREFIX}{digest.hex()}", status.st_size, 1, "file")
     if not stat.S_ISDIR(status.st_mode):
         raise DataError(f"{path} is neither a file nor a directory")
@@ -91,29 +94,42 @@ def digest_tree(
 def _digest_directory(root: bytes, cache: StatCache | None, workers: int | None) -> TreeDigest:
     from blake3 import blake3
 
-    entries = sorted(walk_tree(root), key=lambda entry: entry.path)
-    files = [entry for entry in entries if entry.kind == _FILE]
-    digests = dict(
-        zip(
-            (entry.path for entry in files), _digest_files(root, files, cache, workers), strict=True
-        )
-    )
-    hasher = blake3(b"tree-v1\0")
-    for entry in entries:
-        if entry.kind == _FILE:
-            content = digests[entry.path]
-        elif entry.kind == _LINK:
-            content = os.fsencode(os.readlink(os.path.join(root, entry.path)))
-        else:
-            content = b""
-        hasher.update(entry.kind + len(entry.path).to_bytes(8, "big") + entry.path)
-        hasher.update(len(content).to_bytes(8, "big") + content)
-    return TreeDigest(
-        digest=f"{DIGEST_PREFIX}{hasher.hexdigest()}",
-        size=sum(entry.stat.st_size for entry in files),
-        files=sum(entry.kind != _DIRECTORY for entry in entries),
-        kind="dir",
-    )
+    top = os.path.join(root, b"")
+    found: list[tuple[bytes, bytes, bytes]] = []  # path, kind, content: what the digest is made of
+    unread: list[tuple[bytes, os.stat_result]] = []
+    size = files = 0
+    for prefix, members in _list_directories(root):
+        known = cache.get_directory(top + prefix) if cache is not None else {}
+        for path, kind, status in members:
+            if kind == _FILE:
+                files += 1
+                size += status.st_size
+                row = known.get(path[len(prefix) :])
+                if row is not None and row.is_of(status):
+                    found.append((path, kind, row.digest))
+                else:
+                    unread.append((path, status))
+            elif kind == _LINK:
+                files += 1
+                found.append((path, kind, os.fsencode(os.readlink(top + path))))
+            else:
+                found.append((path, kind, b""))
+    if unread:
+        digests = _digest_files([top + path for path, _ in unread], workers)
+        found += [(path, _FILE, digest) for (path, _), digest in zip(unread, digests, strict=True)]
+        if cache is not None:
+            cache.put_many(
+                [
+                    (top + path, status, digest)
+                    for (path, status), digest in zip(unread, digests, strict=True)
+                ]
+            )
+    found.sort()
+    parts = [b"tree-v1\0"]
+    for path, kind, content in found:
+        parts += (kind, _LENGTH(len(path)), path, _LENGTH(len(content)), content)
+    digest = blake3(b"".join(parts)).hexdigest()
+    return TreeDigest(f"{DIGEST_PREFIX}{digest}", size, files, "dir")
 
 
 def walk_tree(root: bytes) -> Iterator[TreeEntry]:
@@ -123,34 +139,34 @@ def walk_tree(root: bytes) -> Iterator[TreeEntry]:
         DataError: A directory can't be listed, a link leads out of the tree, or a member is neither
             file, directory nor link.
     """
+    for _, members in _list_directories(root):
+        yield from members
+
+
+def _list_directories(root: bytes) -> Iterator[tuple[bytes, list[TreeEntry]]]:
+    """Yield every directory of the tree, as what comes before its members' names, and its members."""
     real_root = os.path.realpath(root)
     pending = [b""]
     while pending:
-        relative = pending.pop()
-        directory = os.path.join(root, relative)
+        prefix = pending.pop()
+        directory = os.path.join(root, prefix)
         try:
-            with os.scandir(directory) as members:
-                for member in members:
-                    entry = _inspect(member, relative, real_root)
-                    if entry.kind == _DIRECTORY:
-                        pending.append(entry.path)
-                    yield entry
+            with os.scandir(directory) as scan:
+                members = [_inspect(member, prefix, real_root) for member in scan]
         except OSError as error:
             raise DataError(f"{_show(directory)} can't be listed: {error.strerror}") from error
+        pending += [member.path + b"/" for member in members if member.kind == _DIRECTORY]
+        yield prefix, members
 
 
-def _inspect(member: os.DirEntry[bytes], parent: bytes, real_root: bytes) -> TreeEntry:
-    path = os.path.join(parent, member.name)
+def _inspect(member: os.DirEntry[bytes], prefix: bytes, real_root: bytes) -> TreeEntry:
     status = member.stat(follow_symlinks=False)
-    mode = status.st_mode
-    if stat.S_ISREG(mode):
-        return TreeEntry(path, _FILE, status)
-    if stat.S_ISDIR(mode):
-        return TreeEntry(path, _DIRECTORY, status)
-    if stat.S_ISLNK(mode):
+    kind = _KINDS.get(stat.S_IFMT(status.st_mode))
+    if kind is None:
+        raise DataError(f"{_show(member.path)} is a device, socket or pipe and can't be digested")
+    if kind == _LINK:
         _check_link(member.path, real_root)
-        return TreeEntry(path, _LINK, status)
-    raise DataError(f"{_show(member.path)} is a device, socket or pipe and can't be digested")
+    return TreeEntry(prefix + member.name, kind, status)
 
 
 def _check_link(link: bytes, real_root: bytes) -> None:
@@ -164,33 +180,12 @@ def _check_link(link: bytes, real_root: bytes) -> None:
         )
 
 
-def _digest_files(
-    root: bytes, files: list[TreeEntry], cache: StatCache | None, workers: int | None
-) -> list[bytes]:
-    paths = [os.path.join(root, entry.path) for entry in files]
-    stats = [entry.stat for entry in files]
-    known: list[bytes | None] = [None] * len(files)
-    if cache is not None:
-        known = cache.get_many(list(zip(paths, stats, strict=True)))
-    unread = [number for number, digest in enumerate(known) if digest is None]
-    if unread:
-        threads = workers or min(8, os.cpu_count() or 1)
-        todo = [paths[number] for number in unread]
-        if threads == 1 or len(todo) == 1:
-            read = [digest_file(path) for path in todo]
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                read = list(pool.map(digest_file, todo, chunksize=64))
-        for number, digest in zip(unread, read, strict=True):
-            known[number] = digest
-        if cache is not None:
-            cache.put_many(
-                [
-                    (paths[number], stats[number], digest)
-                    for number, digest in zip(unread, read, strict=True)
-                ]
-            )
-    return [digest for digest in known if digest is not None]
+def _digest_files(paths: list[bytes], workers: int | None) -> list[bytes]:
+    threads = workers or min(8, os.cpu_count() or 1)
+    if threads == 1 or len(paths) == 1:
+        return [digest_file(path) for path in paths]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(digest_file, paths, chunksize=64))
 
 
 def digest_file(path: bytes) -> bytes:
