@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
 
-from airflow_mlpipelines.caching.schema import open_engine
+from airflow_mlpipelines.caching.schema import database_errors, open_engine
+from airflow_mlpipelines.caching.statements import is_among, newest_of_each, upsert
 from airflow_mlpipelines.caching.tables import cache_entries, contents, plans, step_runs
 from airflow_mlpipelines.exceptions import CacheError, DataError
 from airflow_mlpipelines.storage.artifact import Artifact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from sqlalchemy.engine import Connection, RowMapping
 
@@ -28,8 +29,6 @@ log = logging.getLogger(__name__)
 RAN, REUSED, FAILED = "ran", "reused", "failed"
 """How a step run can end."""
 
-_CHUNK = 500
-"""Rows in one INSERT."""
 _SHOWN_PREFIX = 64
 
 
@@ -89,11 +88,51 @@ class MetadataIndex:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._open = threading.local()
 
     @property
     def engine(self) -> sa.Engine:
         """The SQLAlchemy engine, migrated to this release."""
         return open_engine(self._url)
+
+    # ---- transactions ----------------------------------------------------------------------
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """One transaction, committed at the end of the block, or undone if it raises.
+
+        What the same thread does with this index inside of the block takes part in it.
+
+        Raises:
+            CacheError: The database can't be asked.
+        """
+        joined = getattr(self._open, "connection", None)
+        if joined is not None:
+            yield joined
+            return
+        with database_errors(), self.engine.begin() as connection:
+            self._open.connection = connection
+            try:
+                yield connection
+            finally:
+                del self._open.connection
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One transaction that changes nothing, and waits for nobody; or the one that is open.
+
+        Raises:
+            CacheError: The database can't be asked.
+        """
+        joined = getattr(self._open, "connection", None)
+        if joined is not None:
+            yield joined
+            return
+        with (
+            database_errors(),
+            self.engine.connect().execution_options(reads_only=True) as connection,
+        ):
+            yield connection
 
     # ---- cache entries ---------------------------------------------------------------------
 
@@ -106,11 +145,8 @@ class MetadataIndex:
             CacheError: The database can't be asked.
         """
         found: dict[str, CacheEntry] = {}
-        with (
-            database_errors(),
-            self.engine.connect().execution_options(reads_only=True) as connection,
-        ):
-            wanted = _is_among(connection, cache_entries.c.fingerprint, fingerprints)
+        with self.reading() as connection:
+            wanted = is_among(connection, cache_entries.c.fingerprint, fingerprints)
             for row in connection.execute(sa.select(cache_entries).where(wanted)).mappings():
                 entry = _read_entry(row)
                 if entry is not None:
@@ -127,11 +163,8 @@ class MetadataIndex:
         def of_pipeline(entry: _Row) -> sa.ColumnElement[bool]:
             return entry.c.pipeline == pipeline
 
-        with (
-            database_errors(),
-            self.engine.connect().execution_options(reads_only=True) as connection,
-        ):
-            query = _newest_of_each(
+        with self.reading() as connection:
+            query = newest_of_each(
                 connection, cache_entries, steps, order="created_at", count=1, where=of_pipeline
             )
             entries = [_read_entry(row) for row in connection.execute(query).mappings()]
@@ -151,7 +184,7 @@ class MetadataIndex:
             }
             for entry in entries
         ]
-        with database_errors(), self.engine.begin() as connection:
+        with self.writing() as connection:
             upsert(connection, cache_entries, rows, update=True)
 
     def list_entries(
@@ -163,10 +196,7 @@ class MetadataIndex:
             query = query.where(cache_entries.c.pipeline == pipeline)
         if step is not None:
             query = query.where(cache_entries.c.step == step)
-        with (
-            database_errors(),
-            self.engine.connect().execution_options(reads_only=True) as connection,
-        ):
+        with self.reading() as connection:
             rows = connection.execute(query).mappings().all()
         return [entry for entry in map(_read_entry, rows) if entry is not None]
 
@@ -181,10 +211,7 @@ class MetadataIndex:
             .where(cache_entries.c.fingerprint.startswith(prefix, autoescape=True))
             .limit(2)
         )
-        with (
-            database_errors(),
-            self.engine.connect().execution_options(reads_only=True) as connection,
-        ):
+        with self.reading() as connection:
             rows = connection.execute(query).mappings().all()
         entries = [entry for entry in map(_read_entry, rows) if entry is not None]
         if len(entries) != 1:
@@ -200,28 +227,24 @@ class MetadataIndex:
         """Keep ingredients that many entries share, by digest."""
         if not items:
             return
-        with database_errors():
-            with self.engine.connect().execution_options(reads_only=True) as connection:
-                query = sa.select(contents.c.digest).where(
-                    _is_among(connection, contents.c.digest, items)
-                )
-                known = set(connection.execute(query).scalars())
-            rows = [
-                {"digest": digest, "content": content}
-                for digest, content in items.items()
-                if digest not in known
-            ]
-            if rows:
-                with self.engine.begin() as connection:
-                    upsert(connection, contents, rows, update=False)
+        with self.reading() as connection:
+            query = sa.select(contents.c.digest).where(
+                is_among(connection, contents.c.digest, items)
+            )
+            known = set(connection.execute(query).scalars())
+        rows = [
+            {"digest": digest, "content": content}
+            for digest, content in items.items()
+            if digest not in known
+        ]
+        if rows:
+            with self.writing() as connection:
+                upsert(connection, contents, rows, update=False)
 
     def get_contents(self, digests: Collection[str]) -> dict[str, Any]:
         """Return the contents that are kept under these digests, and can be read."""
-        with (
-            database_errors(),
-            self.engine.connect().execution_options(reads_only=True) as connection,
-        ):
-            wanted = _is_among(connection, contents.c.digest, digests)
+        with self.reading() as connection:
+            wanted = is_among(connection, contents.c.digest, digests)
             rows = connection.execute(sa.select(contents).where(wanted)).all()
         return {row.digest: row.content for row in rows if isinstance(row.content, dict)}
 
@@ -230,7 +253,7 @@ class MetadataIndex:
     def put_plan(self, dag_id: str, run_id: str, task_id: str, plan: Mapping[str, Any]) -> None:
         """Keep the plan that a task made for its run; it replaces an earlier one of that task."""
         row = {"dag_id": dag_id, "run_id": run_id, "task_id": task_id, "plan": dict(plan)}
-        with database_errors(), self.engine.begin() as connection:
+        with self.writing() as connection:
             upsert(connection, plans, [row], update=True)
 
     def find_plan(self, dag_id: str, run_id: str, task_id: str) -> dict[str, Any] | None:
@@ -238,10 +261,7 @@ class MetadataIndex:
         query = sa.select(plans.c.plan).where(
             plans.c.dag_id == dag_id, plans.c.run_id == run_id, plans.c.task_id == task_id
         )
-        with (
-            database_errors(),
-            self.engine.connect().execution_options(reads_only=True) as connection,
-        ):
+        with self.reading() as connection:
             found: dict[str, Any] | None = connection.execute(query).scalar()
         return found
 
@@ -261,7 +281,7 @@ class MetadataIndex:
             }
             for record in records
         ]
-        with database_errors(), self.engine.begin() as connection:
+        with self.writing() as connection:
             connection.execute(sa.insert(step_runs), rows)
 
     def find_step_runs(
@@ -279,10 +299,7 @@ class MetadataIndex:
         for column, value in wanted.items():
             if value is not None:
                 query = query.where(step_runs.c[column] == value)
-        with (
-            database_errors(),
-            self.engine.connect().execution_options(reads_only=True) as connection,
-        ):
+        with self.reading() as connection:
             return [_read_run(row) for row in connection.execute(query).mappings()]
 
     def find_earlier_runs(
@@ -296,11 +313,8 @@ class MetadataIndex:
                 run.c.pipeline == pipeline, run.c.state != FAILED, run.c.ingredients.is_not(None)
             )
 
-        with (
-            database_errors(),
-            self.engine.connect().execution_options(reads_only=True) as connection,
-        ):
-            query = _newest_of_each(
+        with self.reading() as connection:
+            query = newest_of_each(
                 connection, step_runs, steps, order="id", count=depth, where=had_outputs
             )
             for row in connection.execute(query).mappings():
@@ -334,100 +348,6 @@ _PLAIN_RUN_COLUMNS = (
     "seconds_saved",
     "finished_at",
 )
-
-
-class database_errors:  # noqa: N801 - used as a statement: `with database_errors(), …`
-    """Turns errors of the database into ours, without the statement's values."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, DBAPIError):
-            raise CacheError(f"the metadata database failed: {error.orig}") from error
-
-
-def upsert(
-    connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]], *, update: bool
-) -> None:
-    """Insert rows; one that is there already is replaced, or, without ``update``, left as it is."""
-    if connection.dialect.name == "postgresql":
-        from sqlalchemy.dialects.postgresql import insert
-    else:
-        from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
-    keys = [column.name for column in table.primary_key]
-    for chunk in _chunks(rows):
-        statement = insert(table).values(chunk)
-        if update:
-            changed = {
-                column.name: statement.excluded[column.name]
-                for column in table.columns
-                if column.name not in keys
-            }
-            connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed))
-        else:
-            connection.execute(statement.on_conflict_do_nothing(index_elements=keys))
-
-
-def _is_among(
-    connection: Connection, column: sa.Column[Any], values: Collection[str]
-) -> sa.ColumnElement[bool]:
-    """Return the condition that a column has one of these values, however many."""
-    if connection.dialect.name == "postgresql":  # knows how many, and so that its index pays
-        return column == sa.any_(sa.literal(list(values), sa.ARRAY(sa.Text)))
-    return column.in_(_each(connection, values))
-
-
-def _each(connection: Connection, values: Collection[str]) -> sa.Select[tuple[str]]:
-    """Return a query for these values, however many: they travel as one parameter, as JSON."""
-    text = sa.literal(json.dumps(list(values)))
-    if connection.dialect.name == "postgresql":
-        each = sa.func.json_array_elements_text(sa.cast(text, sa.JSON)).table_valued("value")
-    else:
-        each = sa.func.json_each(text).table_valued("value")
-    return sa.select(sa.cast(each.c.value, sa.Text).label("value"))
-
-
-def _newest_of_each(
-    connection: Connection,
-    table: sa.Table,
-    steps: Collection[str],
-    *,
-    order: str,
-    count: int,
-    where: Callable[[_Row], sa.ColumnElement[bool]],
-) -> sa.Select[Any]:
-    """Return a query for the newest rows of each step, newest first, that looks at few others.
-
-    Args:
-        connection: Where it is going to be asked.
-        table: It has a column ``step``.
-        steps: The steps.
-        order: The column that says which row is newer.
-        count: How many rows of each step.
-        where: Which rows are looked for.
-    """
-    wanted = _each(connection, steps).subquery("wanted")
-    (key,) = table.primary_key
-    row = table.alias("candidate")
-    newest = (
-        sa.select(row.c[key.name])
-        .where(row.c.step == wanted.c.value, where(row))
-        .order_by(row.c[order].desc())
-        .limit(count)
-        .correlate(wanted)
-    )
-    if connection.dialect.name == "postgresql":
-        found = newest.lateral("newest")
-        joined = wanted.join(found, sa.true()).join(table, key == found.c[key.name])
-    else:  # SQLite has no LATERAL, but looks up the keys of a subquery one by one
-        joined = wanted.join(table, key.in_(newest.scalar_subquery()))
-    return sa.select(table).select_from(joined).order_by(table.c[order].desc())
-
-
-def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(values), _CHUNK):
-        yield values[start : start + _CHUNK]
 
 
 def _storable(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from airflow_mlpipelines.caching.index import database_errors
+from airflow_mlpipelines.caching.statements import seconds_now
 from airflow_mlpipelines.caching.tables import leases
 
 if TYPE_CHECKING:
@@ -67,45 +67,39 @@ class Leases:
         """
         token = uuid.uuid4().hex
         while True:
-            with database_errors(), self._index.engine.begin() as connection:
-                now = _now(connection)
-                self._take(
-                    connection,
-                    {
-                        "fingerprint": fingerprint,
-                        "holder": holder,
-                        "token": token,
-                        "renewed_at": now,
-                        "expires_at": now + ttl,
-                    },
-                )
-                found = connection.execute(
-                    sa.select(leases).where(leases.c.fingerprint == fingerprint)
-                ).one_or_none()
-            if found is None:
-                continue  # given back by its holder between the two statements: free now
-            if found.token == token:
-                return Lease(fingerprint, holder, token)
-            return Held(found.holder, self._seconds_left(found, now))
+            with self._index.writing() as connection:
+                if self._take(connection, fingerprint, holder, token, ttl):
+                    return Lease(fingerprint, holder, token)
+                found = self._find(connection, fingerprint)
+            if found is not None:  # else given back by its holder between the two statements
+                return Held(found.holder, self._seconds_left(found))
 
-    def _take(self, connection: Connection, row: dict[str, Any]) -> None:
+    def _take(
+        self, connection: Connection, fingerprint: str, holder: str, token: str, ttl: float
+    ) -> bool:
         """Put the row there unless somebody holds the lease: one statement, so one of us wins."""
         if connection.dialect.name == "postgresql":
             from sqlalchemy.dialects.postgresql import insert
         else:
             from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
-        statement = insert(leases).values(row)
+        now = seconds_now(connection)
+        ours = {"holder": holder, "token": token, "renewed_at": now, "expires_at": now + ttl}
+        statement = insert(leases).values(fingerprint=fingerprint, **ours)
         new = statement.excluded
-        connection.execute(
+        taken: Any = connection.execute(
             statement.on_conflict_do_update(
                 index_elements=[leases.c.fingerprint],
-                set_={name: new[name] for name in row if name != "fingerprint"},
-                where=sa.or_(
-                    leases.c.expires_at <= new.renewed_at,
-                    leases.c.holder == new.holder,
-                ),
-            )
+                set_={name: new[name] for name in ours},
+                where=sa.or_(leases.c.expires_at <= new.renewed_at, leases.c.holder == new.holder),
+            ),
+            execution_options={"preserve_rowcount": True},
         )
+        return bool(taken.rowcount)
+
+    def _find(self, connection: Connection, fingerprint: str) -> Row[Any] | None:
+        """Return the row of a lease, with the time at which it was read as ``now``."""
+        query = sa.select(leases, seconds_now(connection).label("now"))
+        return connection.execute(query.where(leases.c.fingerprint == fingerprint)).one_or_none()
 
     def renew(self, lease: Lease, *, ttl: float) -> bool:
         """Put off the end of a lease; return whether it is still ours.
@@ -113,8 +107,8 @@ class Leases:
         Raises:
             CacheError: The database can't be asked; the lease may be ours or not.
         """
-        with database_errors(), self._index.engine.begin() as connection:
-            now = _now(connection)
+        with self._index.writing() as connection:
+            now = seconds_now(connection)
             renewed: Any = connection.execute(
                 sa.update(leases)
                 .where(leases.c.fingerprint == lease.fingerprint, leases.c.token == lease.token)
@@ -128,7 +122,7 @@ class Leases:
         Raises:
             CacheError: The database can't be asked; the lease will run out by itself.
         """
-        with database_errors(), self._index.engine.begin() as connection:
+        with self._index.writing() as connection:
             connection.execute(
                 sa.delete(leases).where(
                     leases.c.fingerprint == lease.fingerprint, leases.c.token == lease.token
@@ -137,24 +131,19 @@ class Leases:
 
     def find(self, fingerprint: str) -> Held | None:
         """Return who holds the lease, or None if it is free or has run out."""
-        with (
-            database_errors(),
-            self._index.engine.connect().execution_options(reads_only=True) as connection,
-        ):
-            found = connection.execute(
-                sa.select(leases).where(leases.c.fingerprint == fingerprint)
-            ).one_or_none()
-            now = _now(connection)
-        left = self._seconds_left(found, now) if found is not None else 0.0
+        with self._index.reading() as connection:
+            found = self._find(connection, fingerprint)
+        left = self._seconds_left(found) if found is not None else 0.0
         return Held(found.holder, left) if found is not None and left > 0 else None
 
-    def _seconds_left(self, found: Row[Any], now: float) -> float:
+    def _seconds_left(self, found: Row[Any]) -> float:
         """Return how long a lease lasts; if the clock was put back, let it count from now."""
+        now: float = found.now
         left: float = found.expires_at - now
         if found.renewed_at <= now + _CLOCK_TOLERANCE:
             return left
         ttl: float = found.expires_at - found.renewed_at
-        with database_errors(), self._index.engine.begin() as connection:
+        with self._index.writing() as connection:
             connection.execute(
                 sa.update(leases)
                 .where(
@@ -165,12 +154,3 @@ class Leases:
                 .values(renewed_at=now, expires_at=now + ttl)
             )
         return ttl
-
-
-def _now(connection: Connection) -> float:
-    """Return seconds since 1970 by the database's clock."""
-    if connection.dialect.name == "postgresql":
-        query = sa.text("SELECT extract(epoch FROM clock_timestamp())")
-    else:
-        query = sa.text("SELECT (julianday('now') - 2440587.5) * 86400.0")
-    return float(connection.execute(query).scalar_one())

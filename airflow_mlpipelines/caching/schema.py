@@ -35,6 +35,17 @@ _opening = threading.Lock()
 _inherited: list[object] = []
 
 
+class database_errors:  # noqa: N801 - used as a statement: `with database_errors(), …`
+    """Turns errors of the database into ours, without the statement's values."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, DBAPIError):
+            raise CacheError(f"the metadata database failed: {error.orig}") from error
+
+
 def open_engine(url: str) -> Engine:
     """Return an engine on the database, migrated to this release if it was older.
 

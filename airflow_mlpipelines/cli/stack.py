@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 COMPONENTS = ("api-server", "scheduler", "dag-processor", "triggerer")
 USERNAME = "admin"
 _XCOM_BACKEND = "airflow_mlpipelines.xcom.DataReferenceXComBackend"
+_PATIENT_DATABASE = {
+    f"AIRFLOW__DATABASE__SQL_ALCHEMY_CONNECT_ARGS{mode}": "airflow_mlpipelines.cli.sqlite.PATIENT"
+    for mode in ("", "_ASYNC")
+}
 _STATE_FILE = "stack.json"
 _READY_SECONDS = 180
 _STOP_SECONDS = 12
@@ -107,6 +111,10 @@ class AirflowStack:
             "AIRFLOW__CORE__PARALLELISM": "32",
             "AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": "32",
             "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": self._database,
+            # With fewer connections than threads, a burst of tasks stops the API server for 30 seconds: its
+            # threads wait for connections, which are held by requests that wait for a thread to end in.
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_MAX_OVERFLOW": "-1",
+            **(_PATIENT_DATABASE if self._database.startswith("sqlite") else {}),
             "AIRFLOW__API__HOST": "127.0.0.1",
             "AIRFLOW__API__PORT": str(self.port),
             "AIRFLOW__API__BASE_URL": self.url,

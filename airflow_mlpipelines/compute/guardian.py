@@ -45,6 +45,7 @@ GRACE_SECONDS = 2.0
 _GIVE_UP_SECONDS = 10.0
 _POLL_SECONDS = 0.02
 _GO, _STOP = b"g", b"s"
+_END = b"\n"
 _CHUNK = 64 << 10
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 _NAME = b"mlp-guardian"
@@ -142,10 +143,10 @@ class Guardian:
     def wait(self) -> ProgramEnd:
         """Return how the program ended, once nothing of it is running any more."""
         text = b""
-        while more := os.read(self._report, _CHUNK):
+        while not text.endswith(_END) and (more := os.read(self._report, _CHUNK)):
             text += more
-        with suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+        # Beside what comes next: giving back the memory that it was forked with takes it milliseconds.
+        threading.Thread(target=_reap, args=(self.pid,), name="guardian-end", daemon=True).start()
         if not text:
             return ProgramEnd()
         said = json.loads(text)
@@ -165,6 +166,11 @@ class Guardian:
                 os.write(self._lifeline, word)
 
 
+def _reap(pid: int) -> None:
+    with suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+
+
 # ---- the guardian's own side: after the fork, until it exits ------------------------------------
 
 
@@ -178,7 +184,7 @@ def _guard_and_exit(program: Program, *, lifeline: int, report: int, output: int
         _become_subreaper()
         if os.read(lifeline, 1) == _GO:
             end = _guard(program, lifeline, wakeup[0], output)
-            os.write(report, json.dumps(asdict(end)).encode())
+            os.write(report, json.dumps(asdict(end)).encode() + _END)
         status = 0
     finally:
         os._exit(status)

@@ -36,9 +36,33 @@ class LeaseHeldError(MLPipelinesError):
         super().__init__(f"{held.by} is making the same outputs right now")
 
 
+class HeldLease:
+    """A lease that is held, with a thread that renews it."""
+
+    def __init__(self, leases: Leases, lease: Lease) -> None:
+        self._leases = leases
+        self._lease = lease
+        self._over = threading.Event()
+        self.released = False
+        self._thread = threading.Thread(
+            target=_renew_until,
+            args=(leases, lease, self._over),
+            name="lease-heartbeat",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give it back, as part of the transaction that is open, if one is."""
+        self._over.set()
+        self._thread.join(timeout=5)
+        self._leases.release(self._lease)
+        self.released = True
+
+
 @contextmanager
-def hold_lease(index: MetadataIndex, fingerprint: str, holder: str) -> Iterator[None]:
-    """Hold the lease on ``fingerprint`` inside the block; renew it from a thread meanwhile.
+def hold_lease(index: MetadataIndex, fingerprint: str, holder: str) -> Iterator[HeldLease]:
+    """Hold the lease on ``fingerprint`` to the end of the block, unless it is released in there.
 
     Raises:
         LeaseHeldError: Somebody else holds it.
@@ -47,17 +71,14 @@ def hold_lease(index: MetadataIndex, fingerprint: str, holder: str) -> Iterator[
     lease = leases.acquire(fingerprint, holder, ttl=LEASE_SECONDS)
     if isinstance(lease, Held):
         raise LeaseHeldError(fingerprint, lease)
-    over = threading.Event()
-    thread = threading.Thread(
-        target=_renew_until, args=(leases, lease, over), name="lease-heartbeat", daemon=True
-    )
-    thread.start()
+    held = HeldLease(leases, lease)
     try:
-        yield
-    finally:
-        over.set()
-        thread.join(timeout=5)
-        leases.release(lease)
+        yield held
+    except BaseException:
+        held.release()  # again, if the transaction in which it was released has been undone
+        raise
+    if not held.released:
+        held.release()
 
 
 def _renew_until(leases: Leases, lease: Lease, over: threading.Event) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +14,7 @@ from airflow_mlpipelines.caching.index import CacheEntry, StepRunRecord
 from airflow_mlpipelines.compute.base import StepLaunch
 from airflow_mlpipelines.definition.graph import ParameterRef
 from airflow_mlpipelines.exceptions import DataError, StepFailedError
-from airflow_mlpipelines.execution.heartbeat import hold_lease
+from airflow_mlpipelines.execution.heartbeat import LeaseHeldError, hold_lease
 from airflow_mlpipelines.execution.staging import (
     commit_outputs,
     fill_stage,
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.caching.index import MetadataIndex
     from airflow_mlpipelines.compute.base import Emit, HandleStore, Launcher, ResolvedEnvironment
     from airflow_mlpipelines.definition.graph import PipelineGraph, StepSpec
+    from airflow_mlpipelines.execution.heartbeat import HeldLease
     from airflow_mlpipelines.execution.identity import TaskIdentity
     from airflow_mlpipelines.execution.staging import Workplace
     from airflow_mlpipelines.storage.artifact import Artifact
@@ -54,6 +54,7 @@ class StepResult:
         seconds: How long that took.
         seconds_saved: What the reused outputs had cost to make; 0 where it ran.
         step_run: The id of the step run that made the outputs.
+        made_now: Whether the outputs are of this very try, and nobody remembers them yet.
     """
 
     state: Literal["ran", "reused"]
@@ -64,6 +65,7 @@ class StepResult:
     fingerprint: str | None = None
     seconds_saved: float = 0.0
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    made_now: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form of all but the outputs, the one in XCom."""
@@ -144,37 +146,53 @@ class StepRunner:
         started = time.monotonic()
         fingerprint = self._fingerprint()
         try:
-            result = self._reuse_or_make(fingerprint, started)
+            return self._reuse_or_make(fingerprint, started)
         except (StepFailedError, DataError) as error:
             first_line = str(error).partition("\n")[0]
             seconds = time.monotonic() - started
             self._record(fingerprint, state="failed", reason=first_line, seconds=seconds)
             raise
-        self._record(
-            fingerprint,
-            state=result.state,
-            reason=result.reason,
-            seconds=result.seconds,
-            seconds_saved=result.seconds_saved,
-            outputs=result.outputs,
-            metrics=result.metrics,
-        )
-        return result
 
     def _reuse_or_make(self, fingerprint: Fingerprint | None, started: float) -> StepResult:
-        with ExitStack() as stack:
-            if fingerprint is not None:
-                found = self._look_up(fingerprint.digest, started)
-                if found is not None:
-                    return found
-                stack.enter_context(
-                    hold_lease(self._services.index, fingerprint.digest, self._identity.holder)
+        if fingerprint is None:
+            result = self._make(None, started)
+            self._conclude(None, result)
+            return result
+        try:
+            with hold_lease(
+                self._services.index, fingerprint.digest, self._identity.holder
+            ) as lease:
+                # Only now: whoever held the lease before may have committed since the plan was made.
+                result = self._look_up(fingerprint.digest, started) or self._make(
+                    fingerprint, started
                 )
-                # Whoever held the lease before may have committed between the two looks.
-                found = self._look_up(fingerprint.digest, started)
-                if found is not None:
-                    return found
-            return self._make(fingerprint, started)
+                self._conclude(fingerprint, result, lease)
+        except LeaseHeldError:  # by somebody who makes anew what there is, maybe
+            found = self._look_up(fingerprint.digest, started)
+            if found is None:
+                raise
+            result = found
+            self._conclude(fingerprint, result)
+        return result
+
+    def _conclude(
+        self, fingerprint: Fingerprint | None, result: StepResult, lease: HeldLease | None = None
+    ) -> None:
+        """Remember what was made, note what happened and give the lease back: all of it, or nothing."""
+        with self._services.index.writing():
+            if fingerprint is not None and result.made_now:
+                self._remember(fingerprint, result)
+            self._record(
+                fingerprint,
+                state=result.state,
+                reason=result.reason,
+                seconds=result.seconds,
+                seconds_saved=result.seconds_saved,
+                outputs=result.outputs,
+                metrics=result.metrics,
+            )
+            if lease is not None:
+                lease.release()
 
     def _record(self, fingerprint: Fingerprint | None, *, state: str, **facts: Any) -> None:
         identity = self._identity
@@ -298,17 +316,15 @@ class StepRunner:
             raise
         # Any other error may leave a program alive that the next try adopts, with these directories.
         workplace.remove()
-        seconds = time.monotonic() - started
-        if fingerprint is not None:
-            self._remember(fingerprint, outputs, seconds)
         return StepResult(
             state="ran",
             reason=reason,
-            seconds=seconds,
+            seconds=time.monotonic() - started,
             outputs=outputs,
             step_run=identity.step_run_id,
             fingerprint=fingerprint.digest if fingerprint is not None else None,
             metrics=metrics,
+            made_now=True,
         )
 
     def _launch(self, workplace: Workplace, environment: ResolvedEnvironment) -> dict[str, Any]:
@@ -363,18 +379,16 @@ class StepRunner:
         finally:
             keep_run_files(workplace, services.stores)
 
-    def _remember(
-        self, fingerprint: Fingerprint, outputs: Mapping[str, Artifact], seconds: float
-    ) -> None:
+    def _remember(self, fingerprint: Fingerprint, result: StepResult) -> None:
         self._services.index.put_entry(
             CacheEntry(
                 fingerprint=fingerprint.digest,
                 pipeline=self._graph.name,
                 step=self._step.id,
                 step_type=self._step.type,
-                outputs=dict(outputs),
+                outputs=dict(result.outputs),
                 ingredients=fingerprint.ingredients,
-                seconds=seconds,
+                seconds=result.seconds,
                 writer=self._services.writer,
                 step_run=self._identity.step_run_id,
             )

@@ -26,7 +26,7 @@ LIMIT_STEP = 1.25
 LIMIT_REUSE = 1.5
 CHAIN, FAN = 20, 60
 MAKE_ALL = "--make-all"
-SETTINGS = {"AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.01"}
+SETTINGS = {"AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.05"}
 """A sleeping scheduler rounds the time of a task up to its own rhythm, and hides or doubles a difference."""
 OF_STEPS = '''
 """A step beside a BashOperator, for airflow."""
