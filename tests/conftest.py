@@ -6,12 +6,6 @@ import atexit
 import os
 import shutil
 import tempfile
-from typing import TYPE_CHECKING
-
-import pytest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _home = tempfile.mkdtemp(prefix="mlpipelines-tests-")
 _owner = os.getpid()
@@ -33,12 +27,3 @@ os.environ["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] = f"sqlite:///{_home}/airflow.
 for _name in ("MLPIPELINES_CONFIG", "MLPIPELINES_METADATA_URL", "AIRFLOW_API_URL"):
     os.environ.pop(_name, None)
 os.makedirs(f"{_home}/dags", exist_ok=True)
-
-
-@pytest.fixture(autouse=True)
-def _environment_as_it_was() -> Iterator[None]:
-    """Put the environment back: a task that runs in this process leaves variables of its own in it."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)

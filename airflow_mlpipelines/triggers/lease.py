@@ -12,8 +12,16 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
+_FIRST_LOOK_SECONDS = 5.0
+"""A trigger that fires sooner may overtake the executor's word that its task has been deferred. The scheduler
+then takes that word for the end of the task that it has just queued again, and fails it."""
+
+
 class LeaseTrigger(BaseTrigger):
-    """Fires when the lease on a fingerprint is free: released, or run out because its holder died."""
+    """Fires when the lease on a fingerprint is free: released, or run out because its holder died.
+
+    Not within the first five seconds: that would be too soon for the scheduler.
+    """
 
     def __init__(self, fingerprint: str, poll_seconds: float = 2.0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -30,6 +38,7 @@ class LeaseTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Yield one event, when the lease is free."""
         leases = await sync_to_async(_open_leases)()
+        await asyncio.sleep(_FIRST_LOOK_SECONDS)
         while True:
             held = await asyncio.to_thread(leases.find, self.fingerprint)
             if held is None:

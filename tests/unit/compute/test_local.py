@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -166,10 +167,11 @@ def test_what_configures_the_worker_does_not_reach_the_program(
     monkeypatch.setenv("AIRFLOW_CONN_STORE", "s3://key:secret@")
     monkeypatch.setenv("AIRFLOW__CORE__FERNET_KEY", "secret")
     monkeypatch.setenv("SOME_PROXY", "http://proxy")
+    monkeypatch.setenv("AIRFLOW_CTX_DAG_ID", "flights")
     bench.run(DUMP_ENVIRONMENT)
     seen = bench.read("env")
-    assert seen["SOME_PROXY"] == "http://proxy"
-    assert [name for name in seen if name.startswith("AIRFLOW_")] == ["AIRFLOW_HOME"]
+    assert (seen["SOME_PROXY"], seen["AIRFLOW_CTX_DAG_ID"]) == ("http://proxy", "flights")
+    assert [name for name in seen if re.match("AIRFLOW_(?!CTX_)", name)] == ["AIRFLOW_HOME"]
 
 
 def test_python_means_the_interpreter_of_the_environment(bench: Workbench) -> None:
