@@ -19,6 +19,7 @@ from airflow_mlpipelines.storage.artifact import Artifact
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from sqlalchemy.engine import Connection, RowMapping
 
@@ -97,8 +98,7 @@ class MetadataIndex:
 
     # ---- transactions ----------------------------------------------------------------------
 
-    @contextmanager
-    def writing(self) -> Iterator[Connection]:
+    def writing(self) -> AbstractContextManager[Connection]:
         """One transaction, committed at the end of the block, or undone if it raises.
 
         What the same thread does with this index inside of the block takes part in it.
@@ -106,33 +106,32 @@ class MetadataIndex:
         Raises:
             CacheError: The database can't be asked.
         """
-        joined = getattr(self._open, "connection", None)
-        if joined is not None:
-            yield joined
-            return
-        with database_errors(), self.engine.begin() as connection:
-            self._open.connection = connection
-            try:
-                yield connection
-            finally:
-                del self._open.connection
+        return self._transaction(reads_only=False)
 
-    @contextmanager
-    def reading(self) -> Iterator[Connection]:
+    def reading(self) -> AbstractContextManager[Connection]:
         """One transaction that changes nothing, and waits for nobody; or the one that is open.
 
         Raises:
             CacheError: The database can't be asked.
         """
+        return self._transaction(reads_only=True)
+
+    @contextmanager
+    def _transaction(self, *, reads_only: bool) -> Iterator[Connection]:
         joined = getattr(self._open, "connection", None)
         if joined is not None:
             yield joined
             return
         with (
             database_errors(),
-            self.engine.connect().execution_options(reads_only=True) as connection,
+            self.engine.connect().execution_options(reads_only=reads_only) as connection,
+            connection.begin(),
         ):
-            yield connection
+            self._open.connection = None if reads_only else connection
+            try:
+                yield connection
+            finally:
+                self._open.connection = None
 
     # ---- cache entries ---------------------------------------------------------------------
 
