@@ -80,6 +80,13 @@ def _check_code(root: str, source_directory: str, script: str | None) -> Iterato
 
 def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
     asked = step.resources
+    nodes = step.distributed.nodes if step.distributed is not None else 1
+    if nodes > 1 and not isinstance(compute, LocalComputeSpec):
+        yield Problem(
+            f"is distributed over {nodes} nodes, but compute {compute.name!r} ({compute.type}) runs a step on "
+            "one. Set nodes=1 and processes_per_node to the number of processes",
+            step=step.name,
+        )
     if isinstance(compute, LocalComputeSpec):
         if asked.gpus:
             yield Problem(

@@ -274,6 +274,22 @@ Argument = tuple[ArgumentPart, ...]
 """One element of argv: its parts are joined without anything between them."""
 
 
+class DistributedSpec(SpecModel):
+    """Several processes that work as one step.
+
+    Attributes:
+        framework: Whose way of finding each other they have.
+        nodes: Machines.
+        processes_per_node: Processes on each; for TensorFlow, its workers.
+        parameter_servers: TensorFlow's, beside the workers.
+    """
+
+    framework: Literal["mpi", "pytorch", "tensorflow"]
+    nodes: int = 1
+    processes_per_node: int = 1
+    parameter_servers: int = 0
+
+
 class StepSpec(SpecModel):
     """One unit of work.
 
@@ -293,6 +309,7 @@ class StepSpec(SpecModel):
         code: ``closure`` digests what the script reaches; ``folder`` the whole source directory.
         ignore: Names of params and parameters that leave the outputs unchanged.
         run_after: Ids of steps that must be over first, beyond those it takes data from.
+        distributed: The processes that it consists of; None for a single one.
         config: What a step type of the user's own needs beyond all this. Part of the fingerprint.
         timeout_seconds: How long the program may run.
     """
@@ -313,6 +330,7 @@ class StepSpec(SpecModel):
     compute: str
     environment: EnvironmentSpec | None = None
     resources: ResourcesSpec = ResourcesSpec()
+    distributed: DistributedSpec | None = None
     allow_reuse: bool = True
     version: str | None = None
     code: Literal["closure", "folder"] = "closure"

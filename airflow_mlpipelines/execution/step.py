@@ -349,6 +349,9 @@ class StepRunner:
         )
         if step.script is not None:
             argv = [paths.python, step.script, *argv]
+        if step.distributed is not None:
+            gang = step.distributed.model_dump_json()
+            argv = [paths.python, "-m", "airflow_mlpipelines.runtime.gang", gang, "--", *argv]
         variables = step_environment(
             run_id=identity.step_run_id,
             step=step.name,

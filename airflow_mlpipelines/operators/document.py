@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.definition.graph import (
         Argument,
         ArgumentPart,
+        DistributedSpec,
         InputSource,
         PipelineGraph,
         StepSpec,
@@ -43,6 +44,8 @@ def describe_step(step: StepSpec, graph: PipelineGraph) -> str:
     asked = step.resources.model_dump(exclude_none=True)
     if asked:
         rows.append(("resources", ", ".join(f"{name} {value}" for name, value in asked.items())))
+    if step.distributed is not None:
+        rows.append(("distributed", describe_distribution(step.distributed)))
     if step.secrets:
         rows.append(("secrets", ", ".join(sorted(step.secrets))))
     if not step.allow_reuse:
@@ -50,6 +53,16 @@ def describe_step(step: StepSpec, graph: PipelineGraph) -> str:
     head = f"{step.description}\n\n" if step.description else ""
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     return f"{head}| {step.name} | |\n|---|---|\n{table}\n"
+
+
+def describe_distribution(spec: DistributedSpec) -> str:
+    """Return how many processes a step consists of, such as ``pytorch, 2 nodes with 4 processes each``."""
+    if spec.framework == "tensorflow":
+        servers = (
+            f" and {spec.parameter_servers} parameter servers" if spec.parameter_servers else ""
+        )
+        return f"tensorflow, {spec.processes_per_node} workers{servers}"
+    return f"{spec.framework}, {spec.nodes} nodes with {spec.processes_per_node} processes each"
 
 
 def describe_command(step: StepSpec) -> str:
