@@ -11,7 +11,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import pytest
 from filelock import FileLock
@@ -151,7 +151,7 @@ def _sharing(session: str, images: tuple[str, ...]) -> Iterator[ClusterAccess]:
             _leave(lock, users)
 
 
-def _leave(lock, users: Path) -> None:
+def _leave(lock: TextIO, users: Path) -> None:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -34,7 +34,7 @@ POLL_SECONDS = 0.1
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give whoever comes first the time to build the cluster's binaries, where that was never done."""
-    using = [item for item in items if "cluster" in getattr(item, "fixturenames", ())]
+    using = [item for item in items if item.get_closest_marker("kubernetes")]
     if using and not has_binaries():
         for item in using:
             item.add_marker(pytest.mark.timeout(BUILD_SECONDS + 300))
