@@ -29,6 +29,7 @@ _STEP = 1024
 _NO_GPU = re.compile(
     r"could not select device driver|unknown or invalid runtime name: nvidia", re.I
 )
+_OTHER_GPUS = re.compile(r"nvidia-container-cli: device error|unresolvable CDI devices", re.I)
 _NO_PROGRAM = re.compile(r"\[FATAL tini .*\] exec (?P<program>.+) failed: (?P<why>.+)")
 _NO_INIT = re.compile(r'exec: "?docker-init', re.I)
 _NO_SOURCE = re.compile(r"bind source path does not exist: (?P<path>.+)|invalid mount config", re.I)
@@ -43,6 +44,14 @@ def start_failure(step: str, error: APIError, spec: ContainerSpec, daemon: str) 
             step,
             f"it asks for {spec.gpus} GPUs, but the Docker daemon at {daemon} has no GPU runtime. Install "
             "the NVIDIA Container Toolkit on that host and restart the daemon, or drop gpus=.",
+            retryable=False,
+        )
+    if _OTHER_GPUS.search(said):
+        asked = ", ".join(spec.gpu_ids) or str(spec.gpus)
+        return StepFailedError(
+            step,
+            f"it asks for GPUs ({asked}) that the host of the Docker daemon at {daemon} does not have. Correct "
+            f"the compute's 'gpus'. The daemon says: {said}",
             retryable=False,
         )
     if _NO_INIT.search(said):

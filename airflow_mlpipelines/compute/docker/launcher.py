@@ -30,6 +30,7 @@ from airflow_mlpipelines.compute.docker.daemon import (
     unreachable,
 )
 from airflow_mlpipelines.compute.docker.failures import end_failure, start_failure
+from airflow_mlpipelines.compute.docker.gpus import check_gpus
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
     image_name,
@@ -157,6 +158,8 @@ class DockerLauncher(Launcher):
             spec = plan_container(launch, self._compute, image_name=image, user=user)
             survivor = self._find_survivor(client, spec.name, handle)
             if survivor is None:
+                if spec.gpus:
+                    check_gpus(launch.step_name, client.info(), spec, daemon_url(self._compute))
                 container = self._start(client, launch, spec, handle)
             else:
                 container = str(survivor["Id"])

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from airflow_mlpipelines.compute.docker.container import make_container, plan_container
+from airflow_mlpipelines.compute.docker.daemon import connect
 from airflow_mlpipelines.definition.graph import DockerComputeSpec, ResourcesSpec
 from airflow_mlpipelines.exceptions import MLPipelinesError, StepFailedError
 from tests.integration.docker.conftest import IMAGE, DockerStep, docker_cli, wait_until
@@ -71,15 +73,54 @@ def test_a_step_out_of_memory_is_told_the_limit_and_the_remedy(step: DockerStep)
     assert step.containers == []
 
 
-def test_gpus_on_a_daemon_without_gpu_runtime_are_refused_in_words(step: DockerStep) -> None:
+@pytest.mark.parametrize("gpus", [2, ("GPU-6a1c", "GPU-77d0"), None])
+def test_gpus_on_a_daemon_without_gpu_runtime_are_refused_in_words(
+    step: DockerStep, gpus: int | tuple[str, ...] | None
+) -> None:
     if "nvidia" in docker_cli("info", "--format", "{{json .Runtimes}}"):
         pytest.skip("this daemon has a GPU runtime")
+    step.compute = DockerComputeSpec(name="d", image=IMAGE, gpus=gpus)
     with pytest.raises(
         StepFailedError, match=r"asks for 2 GPUs.*NVIDIA Container Toolkit"
     ) as caught:
-        step.run(step.launch("true", resources=ResourcesSpec(gpus=2)))
+        step.run(step.launch("touch", "/mlp/outputs/model", resources=ResourcesSpec(gpus=2)))
     assert not caught.value.retryable
     assert step.containers == []
+    assert not list((step.root / "outputs").iterdir())
+
+
+def test_gpus_by_cdi_name_are_refused_before_a_container_is_made(step: DockerStep) -> None:
+    name = "mlp.test/gpu=none"
+    step.compute = DockerComputeSpec(name="d", image=IMAGE, gpus=(name,))
+    with pytest.raises(StepFailedError, match=r"mlp.test/gpu=none.*nvidia-ctk cdi") as caught:
+        step.run(step.launch("true", resources=ResourcesSpec(gpus=1)))
+    assert not caught.value.retryable
+    assert step.handle.get() is None
+    made = ("events", "--since", "30s", "--until", "0s", "--filter", f"container={step.name}")
+    assert docker_cli(*made) == ""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "request_"),
+    [
+        (4, ("", 2, [], [["gpu"]])),
+        (("GPU-6a1c", "1", "2"), ("", 0, ["GPU-6a1c", "1"], [["gpu"]])),
+        (
+            ("nvidia.com/gpu=0", "nvidia.com/gpu=1"),
+            ("cdi", 0, ["nvidia.com/gpu=0", "nvidia.com/gpu=1"], []),
+        ),
+    ],
+)
+def test_the_daemon_is_asked_for_the_gpus_of_the_step(
+    step: DockerStep, gpus: int | tuple[str, ...], request_: tuple[Any, ...]
+) -> None:
+    compute = DockerComputeSpec(name="d", image=IMAGE, gpus=gpus)
+    launch = step.launch("true", resources=ResourcesSpec(gpus=2))
+    spec = plan_container(launch, compute, image_name=IMAGE, user="0:0")
+    make_container(spec, connect(compute), uid=0)  # removed by the fixture; never started
+    (seen,) = step.inspect()["HostConfig"]["DeviceRequests"]
+    kept = (seen["Driver"], seen["Count"], seen["DeviceIDs"], seen["Capabilities"])
+    assert kept == request_
 
 
 def test_more_cpus_than_the_host_has_are_refused_in_the_daemons_words(step: DockerStep) -> None:
