@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 from collections import deque
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines._naming import list_options
@@ -79,6 +80,16 @@ class LocalLauncher(Launcher):
         self._over = threading.Event()
         self._over.set()
         self._killed = False
+
+    def check_resources(self, step: str, resources: ResourcesSpec) -> None:
+        """Return, unless the step asks for more GPUs than this worker can hand out.
+
+        Raises:
+            ComputeUnavailableError: It does.
+        """
+        del step
+        if resources.gpus:
+            self._find_gpus(resources.gpus)
 
     # ---- the environment -------------------------------------------------------------------
 
@@ -203,16 +214,19 @@ class LocalLauncher(Launcher):
         if threading.get_ident() != self._thread:
             self._over.wait(_KILL_SECONDS)
 
+    @cached_property
+    def _machine_gpus(self) -> list[Gpu]:
+        return machine_gpus()
+
     def _find_gpus(self, count: int) -> list[Gpu]:
         """Return the GPUs that this compute has here.
 
         Raises:
             ComputeUnavailableError: They are fewer than ``count``.
         """
-        machine = machine_gpus()
-        found = compute_gpus(self._compute.gpus, machine=machine)
+        found = compute_gpus(self._compute.gpus, machine=self._machine_gpus)
         if count > len(found):
-            raise ComputeUnavailableError(_too_few(self._compute, count, found, machine))
+            raise ComputeUnavailableError(_too_few(self._compute, count, found, self._machine_gpus))
         return found
 
     def _claim_gpus(self, launch: StepLaunch, emit: Emit) -> Claim:

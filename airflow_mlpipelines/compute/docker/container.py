@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import ProcessPaths
-from airflow_mlpipelines.compute.docker.gpus import device_requests
+from airflow_mlpipelines.compute.docker.gpus import chosen_gpus, device_requests
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -145,7 +145,7 @@ def plan_container(
         memory=memory,
         shm_size=shm_size,
         gpus=gpus,
-        gpu_ids=compute.gpus[:gpus] if isinstance(compute.gpus, tuple) else (),
+        gpu_ids=chosen_gpus(compute, gpus),
         network_mode=compute.network_mode,
         extra_hosts=compute.extra_hosts,
     )
@@ -178,7 +178,7 @@ def make_container(spec: ContainerSpec, client: APIClient, *, uid: int) -> str:
         shm_size=spec.shm_size,
         network_mode=spec.network_mode,
         extra_hosts=dict(spec.extra_hosts),
-        device_requests=device_requests(spec) or None,
+        device_requests=device_requests(spec.gpus, spec.gpu_ids) or None,
         labels=dict(spec.labels),
     )
     return str(operator.make(spec, client, uid))

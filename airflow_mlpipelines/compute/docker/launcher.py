@@ -57,7 +57,11 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.compute.base import Emit, HandleStore, ProcessPaths, Stage, StepLaunch
     from airflow_mlpipelines.compute.docker.container import ContainerSpec
     from airflow_mlpipelines.compute.docker.images import ImageIdentity
-    from airflow_mlpipelines.definition.graph import DockerComputeSpec, EnvironmentSpec
+    from airflow_mlpipelines.definition.graph import (
+        DockerComputeSpec,
+        EnvironmentSpec,
+        ResourcesSpec,
+    )
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +90,16 @@ class DockerLauncher(Launcher):
     def _client(self) -> APIClient:
         """The connection of the thread that runs the step; whoever interrupts it opens another one."""
         return connect(self._compute)
+
+    def check_resources(self, step: str, resources: ResourcesSpec) -> None:
+        """Return, unless the step asks for GPUs that the daemon can't hand out.
+
+        Raises:
+            StepFailedError: It does.
+            ComputeUnavailableError: The daemon does not answer.
+        """
+        if resources.gpus:
+            check_gpus(step, self._client, self._compute, resources.gpus)
 
     # ---- the environment -------------------------------------------------------------------
 
@@ -158,8 +172,6 @@ class DockerLauncher(Launcher):
             spec = plan_container(launch, self._compute, image_name=image, user=user)
             survivor = self._find_survivor(client, spec.name, handle)
             if survivor is None:
-                if spec.gpus:
-                    check_gpus(launch.step_name, client.info(), spec, daemon_url(self._compute))
                 container = self._start(client, launch, spec, handle)
             else:
                 container = str(survivor["Id"])

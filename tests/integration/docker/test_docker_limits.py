@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from airflow_mlpipelines.compute.docker import DockerLauncher
+from airflow_mlpipelines.compute.docker import gpus as docker_gpus
 from airflow_mlpipelines.compute.docker.container import make_container, plan_container
 from airflow_mlpipelines.compute.docker.daemon import connect
 from airflow_mlpipelines.definition.graph import DockerComputeSpec, ResourcesSpec
@@ -89,15 +91,34 @@ def test_gpus_on_a_daemon_without_gpu_runtime_are_refused_in_words(
     assert not list((step.root / "outputs").iterdir())
 
 
-def test_gpus_by_cdi_name_are_refused_before_a_container_is_made(step: DockerStep) -> None:
-    name = "mlp.test/gpu=none"
-    step.compute = DockerComputeSpec(name="d", image=IMAGE, gpus=(name,))
-    with pytest.raises(StepFailedError, match=r"mlp.test/gpu=none.*nvidia-ctk cdi") as caught:
-        step.run(step.launch("true", resources=ResourcesSpec(gpus=1)))
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        (1, "asks for 1 GPUs.*NVIDIA Container Toolkit"),
+        (("GPU-6a1c",), "asks for 1 GPUs.*NVIDIA Container Toolkit"),
+        (("mlp.test/gpu=none",), "mlp.test/gpu=none.*nvidia-ctk cdi"),
+    ],
+)
+def test_a_daemon_without_gpus_is_found_out_before_anything_is_made_for_the_step(
+    step: DockerStep, gpus: int | tuple[str, ...], message: str
+) -> None:
+    if "nvidia" in docker_cli("info", "--format", "{{json .Runtimes}}"):
+        pytest.skip("this daemon has a GPU runtime")
+    launcher = DockerLauncher(DockerComputeSpec(name="d", image="mlp-test/nowhere:1", gpus=gpus))
+    launcher.check_resources("train", ResourcesSpec(cpus=1))
+    with pytest.raises(StepFailedError, match=message) as caught:
+        launcher.check_resources("train", ResourcesSpec(gpus=1))
     assert not caught.value.retryable
-    assert step.handle.get() is None
-    made = ("events", "--since", "30s", "--until", "0s", "--filter", f"container={step.name}")
-    assert docker_cli(*made) == ""
+    assert docker_cli("ps", "-a", "-q", "--filter", "name=mlp-gpu-probe") == ""
+
+
+def test_a_daemon_that_starts_the_probe_is_believed(
+    step: DockerStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As one with NVIDIA's hook does, which says nothing of it: here, of a probe without a GPU.
+    monkeypatch.setattr(docker_gpus, "device_requests", lambda *_: [])
+    DockerLauncher(step.compute).check_resources("train", ResourcesSpec(gpus=1))
+    assert docker_cli("ps", "-a", "-q", "--filter", "name=mlp-gpu-probe") == ""
 
 
 @pytest.mark.parametrize(
@@ -199,7 +220,6 @@ def test_a_directory_that_the_daemon_does_not_see_is_explained(step: DockerStep)
 
 
 def test_an_image_that_is_nowhere_is_named(step: DockerStep) -> None:
-    from airflow_mlpipelines.compute.docker import DockerLauncher
     from airflow_mlpipelines.definition.graph import EnvironmentSpec
 
     launcher = DockerLauncher(step.compute)
@@ -212,7 +232,6 @@ def test_an_image_that_is_nowhere_is_named(step: DockerStep) -> None:
 
 
 def test_an_image_on_the_daemon_is_resolved_to_its_digest(step: DockerStep) -> None:
-    from airflow_mlpipelines.compute.docker import DockerLauncher
 
     launcher = DockerLauncher(step.compute)
     resolved = launcher.resolve_environment(None)

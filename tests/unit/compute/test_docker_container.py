@@ -21,7 +21,7 @@ from airflow_mlpipelines.compute.docker.container import (
     secrets_archive,
 )
 from airflow_mlpipelines.compute.docker.failures import end_failure, format_bytes, start_failure
-from airflow_mlpipelines.compute.docker.gpus import check_gpus, device_requests
+from airflow_mlpipelines.compute.docker.gpus import check_cdi_names, device_requests, has_runtime
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
     image_name,
@@ -122,9 +122,8 @@ def test_gpus_are_asked_for_by_number_or_by_id(
     requests: list[dict[str, Any]],
 ) -> None:
     compute = DockerComputeSpec(name="d", gpus=declared)
-    assert device_requests(make_spec(tmp_path, compute, resources=ResourcesSpec(gpus=asked))) == (
-        requests
-    )
+    spec = make_spec(tmp_path, compute, resources=ResourcesSpec(gpus=asked))
+    assert device_requests(spec.gpus, spec.gpu_ids) == requests
 
 
 CDI_0 = {"Source": "cdi", "ID": "nvidia.com/gpu=0"}
@@ -144,21 +143,31 @@ CDI_0 = {"Source": "cdi", "ID": "nvidia.com/gpu=0"}
     ],
 )
 def test_gpus_by_cdi_name_have_to_be_among_those_of_the_daemon(
-    tmp_path: Path, info: dict[str, Any], message: str | None
+    info: dict[str, Any], message: str | None
 ) -> None:
-    compute = DockerComputeSpec(name="d", gpus=("nvidia.com/gpu=0", "nvidia.com/gpu=1"))
-    spec = make_spec(tmp_path, compute, resources=ResourcesSpec(gpus=2))
+    names = ("nvidia.com/gpu=0", "nvidia.com/gpu=1")
     if message is None:
-        check_gpus("train", info, spec, "unix://x")
+        check_cdi_names("train", info, names, "unix://x")
         return
     with pytest.raises(StepFailedError, match=message) as caught:
-        check_gpus("train", info, spec, "unix://x")
+        check_cdi_names("train", info, names, "unix://x")
     assert not caught.value.retryable
 
 
-def test_a_daemon_that_may_have_a_hook_is_not_judged_by_its_runtimes(tmp_path: Path) -> None:
-    spec = make_spec(tmp_path, resources=ResourcesSpec(gpus=1))
-    check_gpus("train", {"Runtimes": {"runc": {}}, "DiscoveredDevices": []}, spec, "unix://x")
+@pytest.mark.parametrize(
+    ("info", "known"),
+    [
+        ({"Runtimes": {"runc": {}}, "DiscoveredDevices": None}, False),
+        (
+            {"Runtimes": {"runc": {}}, "DiscoveredDevices": [{"Source": "cdi", "ID": "a/net=0"}]},
+            False,
+        ),
+        ({"Runtimes": {"runc": {}, "nvidia": {}}}, True),
+        ({"Runtimes": {"runc": {}}, "DiscoveredDevices": [CDI_0]}, True),
+    ],
+)
+def test_what_a_daemon_says_of_itself_tells_of_gpus(info: dict[str, Any], known: bool) -> None:
+    assert has_runtime(info) is known
 
 
 @pytest.mark.parametrize(
