@@ -14,8 +14,8 @@ guardian starts the program:
 Why a fork without an exec: an interpreter of its own would cost every step 10 ms or more, ``preexec_fn``
 is the same fork and covers the program's first process only, and a binary would have to be built. A
 forked guardian does nothing but system calls: it takes no lock that another thread of the worker may
-have held, logs nothing, imports nothing, collects no garbage, and keeps no file of the worker's open but those that it is told to
-hold, for as long as anything of the program lives (the locks of its GPUs).
+have held, logs nothing, imports nothing, collects no garbage, and keeps no file of the worker's open
+but those that it is told to hold for as long as anything of the program lives: the locks of its GPUs.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _CDI = "cdi"
 _PROBE = "mlp-gpu-probe"
+_PROBE_PROGRAM = "true"
 _NO_GPU = re.compile(
     r"could not select device driver|unknown or invalid runtime name: nvidia", re.I
 )
@@ -130,7 +131,10 @@ def _refuses(client: APIClient) -> bool:
         requests = [DeviceRequest(**request) for request in device_requests(1)]
         config = client.create_host_config(device_requests=requests, network_mode="none")
         made = client.create_container(
-            images[0], name=f"{_PROBE}-{uuid.uuid4().hex}", entrypoint=["true"], host_config=config
+            images[0],
+            name=f"{_PROBE}-{uuid.uuid4().hex}",
+            entrypoint=[_PROBE_PROGRAM],
+            host_config=config,
         )
         container = made["Id"]
         client.start(container)

@@ -98,8 +98,13 @@ class DockerLauncher(Launcher):
             StepFailedError: It does.
             ComputeUnavailableError: The daemon does not answer.
         """
-        if resources.gpus:
-            check_gpus(step, self._client, self._compute, resources.gpus)
+        if not resources.gpus:
+            return
+        client = self._client
+        try:
+            check_gpus(step, client, self._compute, resources.gpus)
+        except OSError as error:  # docker's and requests' errors are OSErrors
+            raise unreachable(self._compute, str(error)) from error
 
     # ---- the environment -------------------------------------------------------------------
 

@@ -112,9 +112,11 @@ def test_a_daemon_without_gpus_is_found_out_before_anything_is_made_for_the_step
     assert docker_cli("ps", "-a", "-q", "--filter", "name=mlp-gpu-probe") == ""
 
 
+@pytest.mark.parametrize("program", ["true", "not-in-this-image"])
 def test_a_daemon_that_starts_the_probe_is_believed(
-    step: DockerStep, monkeypatch: pytest.MonkeyPatch
+    step: DockerStep, monkeypatch: pytest.MonkeyPatch, program: str
 ) -> None:
+    monkeypatch.setattr(docker_gpus, "_PROBE_PROGRAM", program)
     # As one with NVIDIA's hook does, which says nothing of it: here, of a probe without a GPU.
     monkeypatch.setattr(docker_gpus, "device_requests", lambda *_: [])
     DockerLauncher(step.compute).check_resources("train", ResourcesSpec(gpus=1))
