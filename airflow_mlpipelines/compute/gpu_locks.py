@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.compute.base import Emit
     from airflow_mlpipelines.compute.gpus import Gpu
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+_FIRST_PAUSE, _PAUSE_IN_FRONT, _PAUSE_BEHIND = 0.02, 0.1, 0.5
 _SAY_AGAIN_SECONDS = 30.0
 _SHOWN = 8
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
@@ -93,6 +93,7 @@ class GpuQueue:
             ) from error
         self._number = 0
         self._ticket: int | None = None
+        self._is_behind = False
 
     def wait(self, *, emit: Emit, cancelled: Callable[[], bool]) -> Claim | None:
         """Return the GPUs as soon as they are free and it is this step's turn.
@@ -114,7 +115,7 @@ class GpuQueue:
                     emit(outcome)
                     said, say_from = outcome, now + _SAY_AGAIN_SECONDS
                 time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = min(2 * pause, _PAUSE_BEHIND if self._is_behind else _PAUSE_IN_FRONT)
         finally:
             self._leave()
         return None
@@ -127,6 +128,7 @@ class GpuQueue:
                 return ""
             files.callback(os.close, turnstile)
             ahead = list(self._ahead())
+            self._is_behind = bool(ahead)
             if not ahead:
                 claim = self._take()
                 if claim is not None:
