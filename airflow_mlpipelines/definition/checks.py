@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from airflow_mlpipelines._naming import make_identifier, suggest
 from airflow_mlpipelines.definition.graph import REGENERATE_OUTPUTS, LocalComputeSpec
+from airflow_mlpipelines.definition.resources import count_gpus
 from airflow_mlpipelines.exceptions import Problem
 
 if TYPE_CHECKING:
@@ -87,14 +88,16 @@ def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
             "one. Set nodes=1 and processes_per_node to the number of processes",
             step=step.name,
         )
+    gpus = count_gpus(compute.gpus)
+    # A local compute that does not say has as many as the worker's machine, which only that one knows.
+    known = gpus is not None or not isinstance(compute, LocalComputeSpec)
+    if asked.gpus and known and asked.gpus > (gpus or 0):
+        has = f"only {gpus}" if gpus else "none"
+        yield Problem(
+            f"asks for {asked.gpus} GPUs, but compute {compute.name!r} has {has} (its 'gpus')",
+            step=step.name,
+        )
     if isinstance(compute, LocalComputeSpec):
-        if asked.gpus:
-            yield Problem(
-                f"asks for {asked.gpus} GPUs, but compute {compute.name!r} is local and hands out none. A "
-                "local process sees the machine's GPUs without asking; use a Docker or Kubernetes compute "
-                "to be given some.",
-                step=step.name,
-            )
         return
     image = step.environment is not None and (
         step.environment.image is not None or step.environment.dockerfile is not None
@@ -103,12 +106,6 @@ def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
         yield Problem(
             f"runs on compute {compute.name!r} ({compute.type}), which needs an image: give the step an "
             "Environment with one, or the compute an image of its own",
-            step=step.name,
-        )
-    if asked.gpus and asked.gpus > (compute.gpus or 0):
-        has = f"only {compute.gpus}" if compute.gpus else "none"
-        yield Problem(
-            f"asks for {asked.gpus} GPUs, but compute {compute.name!r} has {has} (its 'gpus')",
             step=step.name,
         )
     for what in ("cpus", "memory", "shm_size"):

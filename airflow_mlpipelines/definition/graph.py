@@ -18,6 +18,8 @@ ParameterValue = str | int | float | bool
 ParameterType = Literal["string", "int", "float", "bool"]
 Mode = Literal["mount", "download"]
 OutputMode = Literal["mount", "upload"]
+Gpus = int | tuple[str, ...] | None
+"""The GPUs of one machine: their number, or their ids (``GPU-…``, or numbers as text)."""
 
 
 class SpecModel(BaseModel):
@@ -64,10 +66,16 @@ class ResourcesSpec(SpecModel):
 
 
 class LocalComputeSpec(SpecModel):
-    """Processes on the machine of the Airflow worker."""
+    """Processes on the machine of the Airflow worker.
+
+    Attributes:
+        gpus: The GPUs that it hands out to steps that ask for some: their ids; or how many of the
+            machine's; or None for all that the machine has.
+    """
 
     type: Literal["local"] = "local"
     name: str
+    gpus: Gpus = None
     max_nodes: int | None = None
 
 
@@ -78,7 +86,7 @@ class DockerComputeSpec(SpecModel):
         image: The image of steps whose environment names none.
         docker_url: The daemon; None is the provider's default (the local socket).
         conn_id: The Airflow connection with the credentials of a registry.
-        gpus: GPUs that the host has; steps may ask for at most as many.
+        gpus: GPUs that the host has, as a number or as ids; steps may ask for at most as many.
         user: ``uid[:gid]`` or a name; None is the user of the Airflow worker.
         network_mode: As Docker's ``--network``.
     """
@@ -90,7 +98,7 @@ class DockerComputeSpec(SpecModel):
     conn_id: str | None = None
     cpus: float | None = None
     memory: int | None = None
-    gpus: int | None = None
+    gpus: Gpus = None
     shm_size: int | None = None
     user: str | None = None
     network_mode: str | None = None

@@ -285,6 +285,7 @@ class StepRunner:
         launcher = services.launcher
         reason = self._why_not_reused(fingerprint)
         services.emit(f"Step {step.name!r} runs: {reason}")
+        launcher.check_resources(step.name, step.resources)
         environment = launcher.prepare_environment(
             step.environment, launcher.resolve_environment(step.environment), emit=services.emit
         )
