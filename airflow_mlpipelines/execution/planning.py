@@ -36,13 +36,14 @@ if TYPE_CHECKING:
         StepSpec,
     )
     from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.blobs import BlobCache
     from airflow_mlpipelines.storage.stat_cache import StatCache
     from airflow_mlpipelines.storage.stores import StoreSet
 
 _PARALLEL_PINS = 8
 
 
-def plan_run(
+def plan_run(  # noqa: PLR0913 - all that a plan depends on
     graph: PipelineGraph,
     *,
     parameters: Mapping[str, object],
@@ -50,6 +51,7 @@ def plan_run(
     index: MetadataIndex,
     stores: StoreSet,
     cache: StatCache | None = None,
+    blobs: BlobCache | None = None,
     snapshot: bool = True,
 ) -> RunPlan:
     """Return what every step of a run with these parameters will do, and why.
@@ -61,6 +63,7 @@ def plan_run(
         index: The metadata database.
         stores: The registered datastores.
         cache: Digests of files already read.
+        blobs: Where data read from remote datastores are kept for the steps.
         snapshot: Whether to store the code for the run. A plan that nobody will run needs none.
 
     Raises:
@@ -79,7 +82,7 @@ def plan_run(
         parameters=values,
         code=code,
         environments=environments,
-        external=_pin_external_data(graph, stores, cache),
+        external=_pin_external_data(graph, stores, cache, blobs),
         snapshots=snapshots,
         regenerate=_expand_regenerate(graph, regenerate),
         contents=contents,
@@ -197,7 +200,7 @@ def _resolve_environments(
 
 
 def _pin_external_data(
-    graph: PipelineGraph, stores: StoreSet, cache: StatCache | None
+    graph: PipelineGraph, stores: StoreSet, cache: StatCache | None, blobs: BlobCache | None
 ) -> dict[str, Artifact | None]:
     wanted: dict[str, ExternalDataSpec] = {}
     for step in graph.steps:
@@ -206,7 +209,9 @@ def _pin_external_data(
                 wanted[external_key(item.source)] = item.source
 
     def pin(source: ExternalDataSpec) -> Artifact | None:
-        return pin_external(stores[source.datastore], source.path, how=source.pin, cache=cache)
+        return pin_external(
+            stores[source.datastore], source.path, how=source.pin, cache=cache, blobs=blobs
+        )
 
     if len(wanted) < 2:  # threads pay from the second on
         return {key: pin(source) for key, source in wanted.items()}

@@ -19,7 +19,12 @@ from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.execution.handles import FileHandle
 from airflow_mlpipelines.execution.identity import TaskIdentity
 from airflow_mlpipelines.execution.step import Services, StepRunner
-from airflow_mlpipelines.operators.connections import metadata_url, open_stores, read_secrets
+from airflow_mlpipelines.operators.connections import (
+    metadata_url,
+    open_blobs,
+    open_stores,
+    read_secrets,
+)
 from airflow_mlpipelines.storage.artifact import Artifact
 from airflow_mlpipelines.storage.stat_cache import StatCache
 
@@ -65,6 +70,7 @@ def make_runner(operator: StepOperator, context: Context) -> StepRunner:
         launcher=make_launcher(graph.computes[step.compute]),
         handle=_make_handle(operator, context, identity),
         emit=_make_emit(operator),
+        blobs=open_blobs(),
         secrets=read_secrets(step.name, step.secrets),
         cache=StatCache(settings.stat_cache_file()),
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines import settings
+from airflow_mlpipelines.definition.resources import parse_size
 from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.storage.blobs import BlobCache
 from airflow_mlpipelines.storage.stores import Store, StoreSet, open_store
 
 if TYPE_CHECKING:
@@ -61,6 +63,20 @@ def open_datastore(spec: DatastoreSpec) -> Store:
     if spec.conn_id is not None:
         credentials = _credentials(spec.name, spec.url, spec.conn_id)
     return open_store(spec.name, spec.url, options=spec.options, credentials=credentials)
+
+
+def open_blobs() -> BlobCache:
+    """Return this machine's cache of data from remote datastores, with the size that is configured.
+
+    Raises:
+        DefinitionError: ``[mlpipelines] blob_cache_size`` is no size.
+    """
+    from airflow.sdk.configuration import conf
+
+    option = settings.BLOB_CACHE_OPTION
+    size = conf.get(settings.CONFIG_SECTION, option, fallback="") or None
+    limit = parse_size(f"[{settings.CONFIG_SECTION}] {option}", size)
+    return BlobCache(settings.blob_cache_directory(), limit=limit)
 
 
 def read_secrets(step: str, secrets: Mapping[str, str]) -> dict[str, str]:
