@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from airflow_mlpipelines._naming import make_identifier, suggest
 from airflow_mlpipelines.definition.graph import REGENERATE_OUTPUTS, LocalComputeSpec
+from airflow_mlpipelines.definition.transfer import TRANSFER_OPERATOR
 from airflow_mlpipelines.exceptions import Problem
 
 if TYPE_CHECKING:
@@ -80,6 +81,13 @@ def _check_code(root: str, source_directory: str, script: str | None) -> Iterato
 
 def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
     asked = step.resources
+    if step.operator == TRANSFER_OPERATOR and not isinstance(compute, LocalComputeSpec):
+        yield Problem(
+            f"moves data on the Airflow worker, but compute {compute.name!r} is of type {compute.type!r}. "
+            "Name one of type 'local', or none.",
+            step=step.name,
+        )
+        return
     if isinstance(compute, LocalComputeSpec):
         if asked.gpus:
             yield Problem(

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from airflow_mlpipelines._digest import digest
 from airflow_mlpipelines.caching.closure import CodeDigest, SourceDirectory
 from airflow_mlpipelines.caching.planner import (
     PlanRequest,
@@ -19,6 +20,7 @@ from airflow_mlpipelines.caching.planner import (
 )
 from airflow_mlpipelines.compute.launchers import make_launcher
 from airflow_mlpipelines.definition.graph import REGENERATE_ALL, ExternalDataSpec
+from airflow_mlpipelines.definition.transfer import TRANSFER_OPERATOR
 from airflow_mlpipelines.exceptions import DefinitionError, MLPipelinesError
 from airflow_mlpipelines.storage.snapshots import list_source_files, make_snapshot
 from airflow_mlpipelines.storage.transfer import missing_artifacts, pin_external
@@ -184,6 +186,9 @@ def _resolve_environments(
     resolved: dict[tuple[str, str], ResolvedEnvironment] = {}
     environments = {}
     for step in graph.steps:
+        if step.operator == TRANSFER_OPERATOR:  # a copy is the same whatever makes it
+            environments[step.id] = StepEnvironment(digest("environment-v1", None))
+            continue
         spec = step.environment
         key = (step.compute, spec.model_dump_json() if spec is not None else "")
         if key not in resolved:
@@ -206,7 +211,9 @@ def _pin_external_data(
     for step in graph.steps:
         for item in step.inputs:
             if isinstance(item.source, ExternalDataSpec):
-                wanted[external_key(item.source)] = item.source
+                key = external_key(item.source)
+                if key not in wanted or item.source.pin == "content":  # for all who read it
+                    wanted[key] = item.source
 
     def pin(source: ExternalDataSpec) -> Artifact | None:
         return pin_external(

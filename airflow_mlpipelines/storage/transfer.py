@@ -366,6 +366,10 @@ def _why_missing(artifact: Artifact, stores: StoreSet) -> str | None:
             f"{artifact.uri} has {found[0]} bytes in {found[1]} files, not {artifact.size} in "
             f"{artifact.files}"
         )
+    if artifact.version is not None:
+        now = pin_external(store, path, how="version")
+        if now is None or now.digest != artifact.version:
+            return f"{artifact.uri} was written to since"
     return None
 
 
