@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_mlpipelines import settings
 from airflow_mlpipelines.definition.resources import parse_size
 from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.operators.credentials import make_arguments
 from airflow_mlpipelines.storage.blobs import BlobCache
 from airflow_mlpipelines.storage.stores import Store, StoreSet, open_store
 
@@ -135,25 +136,11 @@ def _sqlalchemy_url(conn_id: str, connection: Connection) -> str:
 
 
 def _credentials(datastore: str, url: str, conn_id: str) -> dict[str, Any]:
-    """Return the arguments for the fsspec filesystem that a connection stands for.
-
-    ``extra`` holds them by fsspec's own names. For S3, login and password are the key pair, and
-    ``endpoint_url`` and ``region_name`` are understood where Airflow's AWS connection has them.
-    """
+    """Return the arguments for the fsspec filesystem that a connection stands for."""
     connection = _find_connection(conn_id)
     if connection is None:
         raise DataError(
             f"datastore {datastore!r} names the Airflow connection {conn_id!r}, which does not exist. "
             f"Add it with `airflow connections add {conn_id} …`, or correct the workspace file."
         )
-    arguments = dict(connection.extra_dejson)
-    if url.startswith(("s3://", "s3a://")):
-        client = dict(arguments.pop("client_kwargs", {}))
-        for name in ("endpoint_url", "region_name"):
-            if name in arguments:
-                client[name] = arguments.pop(name)
-        if client:
-            arguments["client_kwargs"] = client
-        pair = {"key": connection.login, "secret": connection.password}
-        arguments |= {name: value for name, value in pair.items() if value}
-    return arguments
+    return make_arguments(datastore, url, connection)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from airflow_mlpipelines._digest import DIGEST_PREFIX
 from airflow_mlpipelines._units import show_duration, show_size
 from airflow_mlpipelines.exceptions import DataError
-from airflow_mlpipelines.storage.ends import CHUNK, PART_SUFFIX, RemoteEnd
+from airflow_mlpipelines.storage.ends import CHUNK, RemoteEnd
 from airflow_mlpipelines.storage.listing import VERSION_PREFIX, digest_versions, name_version
+from airflow_mlpipelines.storage.stores import PART_SUFFIX
 from airflow_mlpipelines.storage.transfer import pin_external
 from airflow_mlpipelines.storage.trees import TreeDigest, combine_members
 
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 _FILES_AT_ONCE = 8
 _REPORT_SECONDS = 5.0
 _SAVE_SECONDS = 20.0
-_COPYING_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
-"""Stores that copy within themselves. Other drivers have a copy, too, that goes through this machine."""
 
 
 class StoppedError(DataError):
@@ -238,9 +237,8 @@ class Transfer:
         """Whether both ends are of one store, seen with the same credentials, that copies by itself."""
         if not (isinstance(self.source, RemoteEnd) and isinstance(self.target, RemoteEnd)):
             return False
-        ours, theirs = self.source.store.filesystem, self.target.store.filesystem
-        names = {ours.protocol} if isinstance(ours.protocol, str) else set(ours.protocol)
-        return bool(ours == theirs) and not names.isdisjoint(_COPYING_PROTOCOLS)
+        ours, theirs = self.source.store, self.target.store
+        return ours.protocol.copies and bool(ours.filesystem == theirs.filesystem)
 
     def _note(self, listing: Listing, digests: dict[str, str]) -> Listing:
         """Note in the journal what is at the target now, and return it."""

@@ -6,11 +6,11 @@ import os
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.storage.listing import RemoteFile, list_remote
+from airflow_mlpipelines.storage.stores import PART_SUFFIX
 from airflow_mlpipelines.storage.trees import walk_tree
 
 if TYPE_CHECKING:
@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.storage.stores import Store
 
-PART_SUFFIX = ".mlp-part"
-"""Ends the name of a file that has not arrived whole yet."""
 CHUNK = 8 << 20
-_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"})
-"""Protocols that show an object only when all of it is there, and have no directories."""
 _LARGEST_OBJECT_PARTS = 9000
 
 
@@ -157,13 +153,6 @@ class LocalEnd(End):
 class RemoteEnd(End):
     """Files of a store that fsspec reaches."""
 
-    @property
-    def is_object_store(self) -> bool:
-        """Whether a file is visible there only when it is whole, and directories are only names."""
-        protocol = self.store.filesystem.protocol
-        names = {protocol} if isinstance(protocol, str) else set(protocol)
-        return not names.isdisjoint(_OBJECT_STORES)
-
     def list(self) -> Listing:
         """Return what is there now."""
         files, kind = list_remote(self.store, self.path)
@@ -174,36 +163,27 @@ class RemoteEnd(End):
     def read(self, name: str) -> IO[bytes]:
         """Open a file for reading."""
         place = self.store.remote_path(self.below(name))
-        return cast("IO[bytes]", self.store.filesystem.open(place, "rb", block_size=CHUNK))
+        block = CHUNK if self.store.protocol.ranges else 0
+        return cast("IO[bytes]", self.store.filesystem.open(place, "rb", block_size=block))
 
     @contextmanager
     def write(self, name: str, size: int) -> Iterator[IO[bytes]]:
         """Give a file of the store; where it would show in parts, one of another name until the end."""
-        filesystem = self.store.filesystem
-        target = self.store.remote_path(self.below(name))
-        place = target
-        if not self.is_object_store:
-            filesystem.makedirs(str(PurePosixPath(target).parent), exist_ok=True)
-            place = f"{target}{PART_SUFFIX}"
         block = max(2 * CHUNK, size // _LARGEST_OBJECT_PARTS)
-        file = filesystem.open(place, "wb", block_size=block)
-        try:
-            yield file
-        except BaseException:
-            with suppress(Exception):  # the error that brought us here is the one to tell
-                if place == target:
-                    # Closing would publish what is there so far: to fsspec a closed file is a whole one.
-                    file.closed = True
-                    file.discard()
-                else:
-                    file.close()
-                    filesystem.rm_file(place)
-            raise
-        file.close()
-        if place != target:
-            if filesystem.exists(target):
-                filesystem.rm_file(target)
-            filesystem.mv(place, target)
+        with self.store.publish(self.below(name)) as place:
+            file = self.store.filesystem.open(place, "wb", block_size=block)
+            try:
+                yield file
+            except BaseException:
+                with suppress(Exception):  # the error that brought us here is the one to tell
+                    if self.store.protocol.whole_objects:
+                        # Closing would publish what is there: to fsspec a closed file is a whole one.
+                        file.closed = True
+                        file.discard()
+                    else:
+                        file.close()
+                raise
+            file.close()
 
     def delete(self, name: str) -> None:
         """Delete a file that is there."""

@@ -14,8 +14,16 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.storage.stores import Store
 
 VERSION_PREFIX = "version:"
-_VERSION_FIELDS = ("etag", "ETag", "generation", "VersionId", "version_id", "checksum")
-_TIME_FIELDS = ("LastModified", "last_modified", "mtime", "updated", "created")
+_VERSION_FIELDS = (
+    "etag",
+    "ETag",
+    "generation",
+    "VersionId",
+    "version_id",
+    "checksum",
+    "Content-MD5",
+)
+_TIME_FIELDS = ("LastModified", "last_modified", "Last-Modified", "mtime", "updated", "created")
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ def list_remote(store: Store, path: str) -> tuple[list[RemoteFile], Literal["dir
         try:
             info: dict[str, Any] = filesystem.info(root)
             if info["type"] == "file":
+                if info.get("size") is None:
+                    raise DataError(f"{store.uri(path)}: the server does not tell how large it is.")
                 return [RemoteFile("", int(info["size"]), _find_version(info))], "file"
             found = filesystem.find(root, detail=True)
         except FileNotFoundError:

@@ -176,10 +176,10 @@ def _put_in_place(source: Path, target: Path) -> None:
 
 def _upload(store: Store, path: str, source: Path, size: int) -> None:
     pairs = [(source, "")] if source.is_file() else _pair_members(source)
-    filesystem = store.filesystem
 
     def put(pair: tuple[Path, str]) -> None:
-        filesystem.put_file(str(pair[0]), store.remote_path(_join(path, pair[1])))
+        with store.publish(_join(path, pair[1])) as place:
+            store.filesystem.put_file(str(pair[0]), place)
 
     with store.translate_errors(path, "written"), ThreadPoolExecutor(_TRANSFERS) as pool:
         list(pool.map(put, pairs))
@@ -303,12 +303,10 @@ def _check_version(artifact: Artifact, store: Store, path: str, files: list[Remo
 def _download(
     store: Store, path: str, files: list[RemoteFile], kind: Literal["dir", "file"], target: Path
 ) -> None:
-    filesystem = store.filesystem
-
     def get(file: RemoteFile) -> None:
         local = target / file.path if kind == "dir" else target
         local.parent.mkdir(parents=True, exist_ok=True)
-        filesystem.get_file(store.remote_path(_join(path, file.path)), str(local))
+        store.filesystem.get_file(store.remote_path(_join(path, file.path)), str(local))
 
     if kind == "dir":
         target.mkdir(parents=True, exist_ok=True)

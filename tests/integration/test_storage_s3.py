@@ -71,6 +71,11 @@ class Server:
         )
         urllib.request.urlopen(request).close()
 
+    def forget(self):
+        """Forget users and buckets, which the next server of this process would still have."""
+        request = urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")
+        urllib.request.urlopen(request).close()
+
     def credentials(self, **changes):
         """Return the arguments for the filesystem, as an Airflow connection becomes them."""
         client = {"endpoint_url": self.url, "region_name": REGION}
@@ -96,6 +101,7 @@ def server():
         server.check_signatures(after="0")
         yield server
         server.check_signatures(after="inf")
+        server.forget()
     finally:
         running.stop()
 
