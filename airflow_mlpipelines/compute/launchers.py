@@ -25,6 +25,10 @@ def make_launcher(compute: ComputeSpec) -> Launcher:
         from airflow_mlpipelines.compute.docker import DockerLauncher
 
         return DockerLauncher(compute)
+    if compute.type == "kubernetes":
+        from airflow_mlpipelines.compute.kubernetes import KubernetesLauncher
+
+        return KubernetesLauncher(compute)
     raise ComputeUnavailableError(
         f"compute {compute.name!r} is of type {compute.type!r}: this release defines and checks it, but "
         "can't launch steps on it yet. Name a compute of type 'local' or 'docker'."

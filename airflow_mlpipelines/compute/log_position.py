@@ -47,6 +47,12 @@ class LogPosition:
         self._seen.setdefault(second, Counter())[key] += 1
         return True
 
+    def forget(self, entry: LogEntry) -> None:
+        """Count ``entry``, which was new, as not read: only its beginning has arrived."""
+        second = entry.time[:_SECOND]
+        if second in self._seen:
+            self._seen[second][entry.time, entry.stream] -= 1
+
     def _make_room(self, second: str) -> bool:
         """Forget the oldest second for a newer one; return False if ``second`` itself is older."""
         if len(self._seen) < _KEPT_SECONDS:
