@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -236,7 +237,10 @@ def _configuration(compute: KubernetesComputeSpec) -> Configuration:
                 raise
         else:
             return configuration
-    load_kube_config(client_configuration=configuration)
+    # Named, as the client itself looks at the variable only once, when it is imported.
+    load_kube_config(
+        config_file=os.environ.get("KUBECONFIG") or None, client_configuration=configuration
+    )
     return configuration
 
 

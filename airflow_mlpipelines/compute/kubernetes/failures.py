@@ -7,6 +7,7 @@ the message says that the program is not to blame.
 from __future__ import annotations
 
 import re
+import signal
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines._units import show_duration, show_size
@@ -52,6 +53,7 @@ _NO_PROGRAM = re.compile(
 _PATIENCE_SECONDS = 120.0
 """How long something that may heal by itself, such as a registry that is away, may take."""
 _SHOWN = 600
+_KILLED = frozenset({128 + signal.SIGKILL, 128 + signal.SIGTERM})
 _NOT_TO_BLAME = "The program is not to blame; it can be tried again."
 
 
@@ -168,10 +170,11 @@ def timeout_failure(
 def end_failure(step: str, end: PodEnd, spec: PodSpec, log_tail: Sequence[str]) -> MLPipelinesError:
     """Return what to raise for a step that did not end with exit code 0."""
     facts = end.step
-    if facts is None or _disruption(end.pod) or facts.get("reason") == "ContainerStatusUnknown":
-        if end.gone or _disruption(end.pod) or facts is not None:
-            return _lost(step, end.pod, before_start=False, log_tail=log_tail)
+    disrupted = bool(_disruption(end.pod))
+    if facts is None and not end.gone and not disrupted:
         return _pod_failed(step, end.pod, spec, log_tail)
+    if facts is None or disrupted or _went_with_its_pod(end, facts):
+        return _lost(step, end.pod, before_start=False, log_tail=log_tail)
     code = int(facts.get("exitCode", 0))
     reason, said = facts.get("reason"), str(facts.get("message", ""))
     if reason == "OOMKilled":
@@ -184,6 +187,14 @@ def end_failure(step: str, end: PodEnd, spec: PodSpec, log_tail: Sequence[str]) 
     else:
         message, retryable = f"exit code {code}{signal_name(code)}", True
     return StepFailedError(step, message, exit_code=code, log_tail=log_tail, retryable=retryable)
+
+
+def _went_with_its_pod(end: PodEnd, facts: Mapping[str, Any]) -> bool:
+    """Return whether it was the end of the pod that ended the program, not the other way round."""
+    if facts.get("reason") == "ContainerStatusUnknown":
+        return True
+    killed = facts.get("exitCode") in _KILLED and facts.get("reason") != "OOMKilled"
+    return end.gone and killed
 
 
 def _forbidden(step: str, said: str, compute: KubernetesComputeSpec) -> StepFailedError:

@@ -35,6 +35,7 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     create_pod,
     create_secret,
     discard,
+    is_of,
     remove_pod,
     take_over,
 )
@@ -68,6 +69,10 @@ _TAIL_CHARACTERS = 2000
 _KILL_ANSWER_SECONDS = 1.0
 _GONE_SECONDS = 15.0
 _INTERRUPTED_SECONDS = 4.0
+
+
+class _AdoptedByAnotherError(Exception):
+    """Another try owns the pod by now."""
 
 
 class KubernetesLauncher(Launcher):
@@ -216,6 +221,8 @@ class KubernetesLauncher(Launcher):
         noted = (handle.get() or {}).get("pod")
         if adoptable(found, step_run_id, noted):
             return found
+        if not is_of(found, step_run_id):
+            return None  # it only has the name; making ours will say so
         log.info("Removing pod %s, which an earlier try left behind", found["metadata"]["name"])
         remove_pod(cluster, found)
         return None
@@ -288,16 +295,24 @@ class KubernetesLauncher(Launcher):
             follower = LogFollower(cluster, spec.name, emit)
             with RunFileRelay(cluster, spec.name, launch.stage):
                 end = watch_step(cluster, pod, follower, is_stopped=self._is_stopped)
+            if not belongs_to(end.pod, self._token):
+                raise _AdoptedByAnotherError
             self._fetch(launch, spec, end)
+        except _AdoptedByAnotherError as error:
+            raise StepFailedError(
+                launch.step_name, "a later try has adopted its pod, and goes on with it"
+            ) from error
         except (ClusterLostError, ClusterError):
             raise  # the pod is left alone, for the next try to adopt
-        except (
-            BaseException
-        ) as error:  # above all a timeout or an interrupt, which Airflow raises in here
+        except BaseException as error:
+            # Above all a timeout or an interrupt, which Airflow raises in here.
             with suppress(ClusterError):
-                discard(cluster.again(), spec, pod, seconds=KILL_SECONDS)
+                own = cluster.again()
+                found = own.find("pods", spec.name)
+                if found is not None and belongs_to(found, self._token):
+                    discard(own, spec, pod, seconds=KILL_SECONDS)
                 if not isinstance(error, StepFailedError | ComputeUnavailableError):
-                    self._await_removal(cluster.again(), pod, _INTERRUPTED_SECONDS)
+                    self._await_removal(own, pod, _INTERRUPTED_SECONDS)
             handle.set(None)
             raise
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
@@ -124,10 +123,13 @@ def remove_pod(cluster: Cluster, pod: Mapping[str, Any]) -> None:
 
 
 def take_over(cluster: Cluster, pod: Mapping[str, Any], token: str) -> None:
-    """Note that this try owns the pod from now on, so that none before it kills it."""
+    """Note that this try owns the pod from now on, so that none before it kills it.
+
+    Raises:
+        ClusterError: The cluster does not answer.
+    """
     body = {"metadata": {"annotations": {OWNER: token}}}
-    with suppress(ClusterError):
-        cluster.ask("PATCH", f"pods/{pod['metadata']['name']}", body=body)
+    cluster.ask("PATCH", f"pods/{pod['metadata']['name']}", body=body)
 
 
 def adoptable(pod: Mapping[str, Any], step_run_id: str, noted: str | None) -> bool:
