@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import yaml
 
 from airflow_mlpipelines.compute.kubernetes.pod import pod_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 IMAGE = "python:3.11-slim"
 WAIT_SECONDS = 60.0
@@ -95,6 +102,58 @@ class Look:
             left.append(f"secret {secret.metadata.name}")
             self.api.delete_namespaced_secret(secret.metadata.name, self.namespace)
         return left
+
+
+class Wire:
+    """A way to the API server that a test can cut."""
+
+    def __init__(self, kubeconfig: Path, copy: Path) -> None:
+        """Write a kubeconfig that leads through this wire to ``copy``."""
+        config = yaml.safe_load(kubeconfig.read_text())
+        cluster = config["clusters"][0]["cluster"]
+        server = urlsplit(cluster["server"])
+        self._target = (server.hostname, server.port or 443)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self._is_cut = False
+        cluster["server"] = f"https://127.0.0.1:{self._listener.getsockname()[1]}"
+        cluster["tls-server-name"] = "kubernetes"
+        copy.write_text(yaml.safe_dump(config))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self, *, seconds: float) -> None:
+        """Break every connection, and let none through for a while."""
+        self._is_cut = True
+        for end in self._open:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        time.sleep(seconds)
+        self._is_cut = False
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            if self._is_cut:
+                near.close()
+                continue
+            far = socket.create_connection(self._target)
+            self._open += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 def wait_until(condition: Callable[[], Any], what: str, *, seconds: float = WAIT_SECONDS) -> Any:

@@ -21,7 +21,7 @@ from airflow_mlpipelines.definition.graph import (
 )
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 from airflow_mlpipelines.execution.handles import FileHandle
-from tests.integration.kubernetes.steps import IMAGE, Look, make_api, wait_until
+from tests.integration.kubernetes.steps import IMAGE, Look, Wire, make_api, wait_until
 from tests.unit.compute.launcher_contract import Running, Workbench
 
 if TYPE_CHECKING:
@@ -257,6 +257,27 @@ def test_a_step_begins_only_with_all_of_its_files(
     monkeypatch.setattr(Channel, "write", write)
     assert step.python("import os; print(os.path.getsize('weights'))") == [str(MEBIBYTE)]
     assert broken
+
+
+def test_a_step_outlasts_an_api_server_that_is_away(
+    step: PodStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire = Wire(step.kubeconfig, step.root / "kubeconfig")
+    monkeypatch.setenv("KUBECONFIG", str(step.root / "kubeconfig"))
+    try:
+        running = step.start(
+            "import time\n"
+            "for i in range(160): print(i); time.sleep(0.05)\n"
+            "open('/mlp/outputs/model', 'w').write('made')"
+        )
+        wire.cut(seconds=1)
+        time.sleep(2)
+        wire.cut(seconds=12)  # the step ends meanwhile
+        running.wait()
+    finally:
+        wire.close()
+    assert step.lines == [str(i) for i in range(160)]
+    assert (step.root / "outputs" / "model").read_text() == "made"
 
 
 def test_half_an_archive_of_outputs_is_fetched_again(
