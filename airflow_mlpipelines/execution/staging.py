@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines import settings
-from airflow_mlpipelines.compute.base import Stage
+from airflow_mlpipelines.compute.base import KEPT_DIRECTORIES, Stage
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.runtime.stage import stage_runtime
 from airflow_mlpipelines.storage.placing import make_writable
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.storage.stat_cache import StatCache
     from airflow_mlpipelines.storage.stores import StoreSet
 
-KEPT_DIRECTORIES = ("outputs", "logs")
-"""Folders of the working directory that are kept with the run, as in Azure ML."""
 RUN_FILES = "_run"
 
 

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from docker import APIClient
 
     from airflow_mlpipelines.compute.base import Emit
-    from airflow_mlpipelines.definition.graph import DockerComputeSpec, EnvironmentSpec
+    from airflow_mlpipelines.definition.graph import (
+        DockerComputeSpec,
+        EnvironmentSpec,
+        KubernetesComputeSpec,
+    )
 
 _BY_DIGEST = re.compile(r"^(?:.+@)?(sha256:[0-9a-f]{64})$")
 _DENIED = re.compile(r"denied|unauthorized|authentication required|no basic auth|forbidden", re.I)
@@ -41,7 +45,9 @@ class ImageIdentity:
     problem: str | None = None
 
 
-def image_name(environment: EnvironmentSpec | None, compute: DockerComputeSpec) -> str:
+def image_name(
+    environment: EnvironmentSpec | None, compute: DockerComputeSpec | KubernetesComputeSpec
+) -> str:
     """Return the name of the image that a step of this environment runs on.
 
     Raises:

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_mlpipelines.compute.base import Stage, StepLaunch
+from airflow_mlpipelines.compute.container_layout import container_paths
 from airflow_mlpipelines.compute.docker.container import (
     ContainerSpec,
-    container_paths,
     plan_container,
     secrets_archive,
 )
