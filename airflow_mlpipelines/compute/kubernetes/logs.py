@@ -7,6 +7,7 @@ A line that is still being written may break anywhere: then its beginning is lef
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _SILENCE_SECONDS = 30.0
 _CHUNK = 64 << 10
 _LONGEST_TIME = 64
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
 
 
 class LogFollower:
@@ -100,7 +102,9 @@ class _LineReader:
                     return
                 self._head = b""
                 self._time = time.decode("ascii", "replace")
-                self._skip = self._follower.begin_line(self._time)
+                is_entry = _TIME.match(self._time) is not None
+                # Else it is the kubelet that says it can't read the log, in the place of a line.
+                self._skip = self._follower.begin_line(self._time) if is_entry else None
                 self._known = 0
             line, end, rest = data.partition(b"\n")
             self._take(line + end)

@@ -84,3 +84,9 @@ def test_a_line_that_breaks_in_the_middle_is_read_on() -> None:
     assert lines[0] == "first"
     assert "".join(lines[1:-1]) == "a" * 200_000
     assert lines[-1] == "last"
+
+
+def test_what_the_kubelet_says_itself_is_no_line_of_the_step() -> None:
+    kubelet = Kubelet([(0, b"first")], [])
+    kubelet.lines.append(("rpc", b'error: code = NotFound desc = "container"'))
+    assert follow(kubelet) == ["first"]
