@@ -98,6 +98,9 @@ def step_fingerprint(
     placed = {item.name: item.path_on_compute for item in step.inputs if item.path_on_compute}
     if placed:  # most have none, and keep the fingerprints of before there were any
         ingredients["step"]["input_paths"] = placed
+    direct = sorted(item.name for item in step.inputs if item.mode == "direct")
+    if direct:  # the program is given another thing than a path
+        ingredients["step"]["direct_inputs"] = direct
     return Fingerprint(digest(FINGERPRINT_KIND, ingredients), ingredients)
 
 
