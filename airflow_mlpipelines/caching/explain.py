@@ -23,6 +23,7 @@ _STEP_WORDS = {
     "arguments": "arguments",
     "bound_params": "params",
     "input_paths": "path_on_compute of inputs",
+    "direct_inputs": "which inputs are addresses",
     "outputs": "outputs",
     "secrets": "secrets",
     "version": "version",

@@ -100,6 +100,9 @@ def step_fingerprint(
         ingredients["step"]["input_paths"] = placed
     if step.distributed is not None:  # the number of processes changes what they make
         ingredients["step"]["distributed"] = step.distributed.model_dump()
+    direct = sorted(item.name for item in step.inputs if item.mode == "direct")
+    if direct:  # the program is given another thing than a path
+        ingredients["step"]["direct_inputs"] = direct
     return Fingerprint(digest(FINGERPRINT_KIND, ingredients), ingredients)
 
 

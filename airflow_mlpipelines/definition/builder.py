@@ -272,6 +272,12 @@ class _Builder:
                 step,
                 f"input {handle.name!r}",
             )
+        if path is not None and handle.mode == "direct":
+            self._report(
+                "has a path_on_compute, but in mode 'direct' nothing is put there; drop one of the two",
+                step,
+                f"input {handle.name!r}",
+            )
         if isinstance(handle, DataReference):
             port = f"input {handle.name!r}"
             source = ExternalDataSpec(

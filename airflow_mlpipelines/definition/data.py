@@ -37,7 +37,8 @@ class DataReference:
         datastore: The datastore.
         data_reference_name: Its name in the pipeline; by default the datastore's.
         path_on_datastore: The file or directory; by default the datastore's root.
-        mode: ``mount`` for the data in place, read-only; ``download`` for a copy of the step's own.
+        mode: ``mount`` for the data in place, read-only; ``download`` for a copy of the step's own;
+            ``direct`` for their address, which the program opens by itself.
         path_on_compute: Where the step's process sees it, relative to its working directory.
         overwrite: Where it is the destination of a transfer: whether files there that the source lacks are
             deleted. A step's own directories are always new.
@@ -60,9 +61,9 @@ class DataReference:
         pin: Literal["content", "version"] = "content",
     ) -> None:
         self.name = _check_name("DataReference", data_reference_name or datastore.name)
-        if mode not in ("mount", "download"):
+        if mode not in ("mount", "download", "direct"):
             raise DefinitionError(
-                f"DataReference {self.name!r}: mode is {mode!r}; it can be 'mount' or 'download'"
+                f"DataReference {self.name!r}: mode is {mode!r}; it can be 'mount', 'download' or 'direct'"
             )
         if pin not in ("content", "version"):
             raise DefinitionError(
@@ -99,6 +100,10 @@ class DataReference:
     def as_mount(self) -> DataReference:
         """Return the same data in place, read-only."""
         return self._with(mode="mount")
+
+    def as_direct(self) -> DataReference:
+        """Return the same data as their address: the program gets the URI in place of a path."""
+        return self._with(mode="direct")
 
     def pinned_by(self, pin: Literal["content", "version"]) -> DataReference:
         """Return the same data, which a run finds out about in this way."""
@@ -196,6 +201,10 @@ class PipelineData:
         """Return it as an input that is a copy of the step's own, which it may write to."""
         del overwrite
         return InputBinding(self, input_name, "download", path_on_compute)
+
+    def as_direct(self, input_name: str | None = None) -> InputBinding:
+        """Return it as an input of which the program gets the URI in place of a path."""
+        return InputBinding(self, input_name, "direct")
 
     def get_env_variable_name(self) -> str:
         """Return the environment variable in which a step's process finds its path."""

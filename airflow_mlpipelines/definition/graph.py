@@ -16,7 +16,7 @@ REGENERATE_ALL = "all"
 
 ParameterValue = str | int | float | bool
 ParameterType = Literal["string", "int", "float", "bool"]
-Mode = Literal["mount", "download"]
+Mode = Literal["mount", "download", "direct"]
 OutputMode = Literal["mount", "upload"]
 Gpus = int | tuple[str, ...] | None
 """The GPUs of one machine: their number, or their ids (``GPU-…``, or numbers as text)."""
@@ -240,6 +240,8 @@ class InputSpec(SpecModel):
     """A named input of a step.
 
     Attributes:
+        mode: ``mount`` for the data in place, ``download`` for a copy of the step's own, ``direct`` for
+            their address alone.
         path_on_compute: Where in the working directory it is found, besides the path that the process is
             given.
     """

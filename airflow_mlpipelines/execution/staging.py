@@ -99,7 +99,7 @@ def fill_stage(
     fetched: FetchedData,
     adopt: bool,
 ) -> Workplace:
-    """Return the workplace with code, runtime and inputs there.
+    """Return the workplace with code, runtime and inputs there, but those of mode ``direct``.
 
     External data that is not there is no error by itself (Azure ML's rule): the step gets a path at
     which nothing is.
@@ -122,7 +122,7 @@ def fill_stage(
     paths = {}
     for item in step.inputs:
         artifact = inputs[item.name]
-        if artifact is None:
+        if artifact is None or item.mode == "direct":
             continue
         target = stage.root / "inputs" / item.name
         try:

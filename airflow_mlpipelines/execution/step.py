@@ -357,6 +357,10 @@ class StepRunner:
             item.name: paths.inputs.get(item.name, f"{paths.run}/absent/{item.name}")
             for item in step.inputs
         }
+        for item in step.inputs:
+            artifact = self._inputs[item.name]
+            if item.mode == "direct" and artifact is not None:
+                inputs[item.name] = artifact.uri
         link_inputs(workplace.stage, step, paths)
         argv = render_arguments(
             (*step.command, *step.arguments),

@@ -9,10 +9,11 @@ import traceback
 import unicodedata
 import urllib.request
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from airflow_mlpipelines import CommandStep, Pipeline, PipelineData, Workspace
+from airflow_mlpipelines import CommandStep, DataReference, Pipeline, PipelineData, Workspace
 from airflow_mlpipelines.definition.graph import DatastoreSpec
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.operators.connections import open_datastore
@@ -595,3 +596,28 @@ def test_a_step_that_writes_to_its_download_changes_it_for_nobody_else(
     assert done.state == "success"
     key = done.outputs["look"]["seen"]["uri"].removeprefix(f"s3://{bucket.name}/")
     assert bucket.get(key) == b"444\none\n644\none\ntwo\n"
+
+
+@pytest.mark.airflow
+@pytest.mark.usefixtures("airflow_db")
+def test_a_program_that_asks_for_addresses_gets_them_and_nothing_is_fetched(
+    server, bucket, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("AIRFLOW_CONN_LAKE", make_connection(server))
+    (tmp_path / "mlpipelines.yaml").write_text(
+        "name: clouds\ndefault_datastore: here\ndatastores:\n  here: {url: data}\n"
+        f"  lake: {{url: 's3://{bucket.name}/team', conn_id: lake}}\n"
+    )
+    workspace = Workspace.from_config(tmp_path)
+    bucket.put("team/raw/words.txt", b"one")
+    lake = workspace.datastores["lake"]
+    raw = DataReference(lake, "raw", "raw", mode="direct", pin="version")
+    said = PipelineData("said")
+    words = ["sh", "-c", f"echo {raw} $AZUREML_DATAREFERENCE_raw > {said}"]
+    say = CommandStep(words, name="say", inputs=[raw], outputs=[said])
+
+    done = run_dag(Pipeline(workspace, [say], name="direct_pipeline").to_dag())
+
+    place = urllib.request.url2pathname(done.outputs["say"]["said"]["uri"].removeprefix("file://"))
+    assert Path(place).read_text().split() == [f"s3://{bucket.name}/team/raw"] * 2
+    assert bucket.reads() == {}

@@ -408,3 +408,18 @@ class TestGraph:
         Pipeline(ws, [command("s")], name="second")
 
         assert found == [first]
+
+
+def test_an_input_may_be_its_address_and_then_has_no_path(ws):
+    raw = DataReference(ws.default_datastore, "raw", "raw")
+    data = PipelineData("data")
+    make = CommandStep(["touch", data], outputs=[data])
+    address, other = raw.as_direct(), data.as_direct()
+    show = CommandStep(["echo", address, other], inputs=[address, other])
+
+    spec = Pipeline(ws, [make, show]).graph.step("echo")
+
+    assert [item.mode for item in spec.inputs] == ["direct", "direct"]
+    address.path_on_compute = "raw"
+    with pytest.raises(PipelineCheckError, match="in mode 'direct' nothing is put there"):
+        _ = Pipeline(ws, [make, show]).graph
