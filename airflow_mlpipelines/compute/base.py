@@ -85,6 +85,11 @@ class ResolvedEnvironment:
         return digest("environment-v1", counted)
 
 
+def name_environment(environment: EnvironmentSpec) -> str:
+    """Return how messages call an environment."""
+    return f"environment {environment.name!r}" if environment.name else "the step's environment"
+
+
 def digest_variables(environment: EnvironmentSpec | None) -> dict[str, str]:
     """Return the environment's variables with the digests of their values: people put passwords there."""
     values = environment.environment_variables if environment is not None else {}
@@ -149,6 +154,16 @@ class Launcher(ABC):
         Raises:
             EnvironmentBuildError: It can't be built.
         """
+
+    def is_prepared(
+        self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment
+    ) -> bool | None:
+        """Return whether :meth:`prepare_environment` would find all there; None if it can't be known.
+
+        For people who look; nothing is built or fetched.
+        """
+        del environment, resolved
+        return None
 
     @abstractmethod
     def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:

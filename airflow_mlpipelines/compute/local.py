@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from airflow_mlpipelines.compute.base import Launcher, ProcessPaths
 from airflow_mlpipelines.compute.environments import (
     interpreter_variables,
+    is_python_ready,
     prepare_python,
     resolve_python,
 )
@@ -95,6 +96,13 @@ class LocalLauncher(Launcher):
         ready = prepare_python(environment, resolved, emit=emit)
         self._python = ready.python or sys.executable
         return ready
+
+    def is_prepared(
+        self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment
+    ) -> bool | None:
+        """Return whether the interpreter and its packages are there."""
+        del resolved
+        return is_python_ready(environment)
 
     def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:
         """Return the places of ``stage`` as they are: the process runs on the same machine."""

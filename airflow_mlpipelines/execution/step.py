@@ -13,7 +13,7 @@ from airflow_mlpipelines.caching.fingerprint import step_fingerprint
 from airflow_mlpipelines.caching.index import CacheEntry, StepRunRecord
 from airflow_mlpipelines.compute.base import StepLaunch
 from airflow_mlpipelines.definition.graph import ParameterRef
-from airflow_mlpipelines.exceptions import DataError, StepFailedError
+from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
 from airflow_mlpipelines.execution.heartbeat import LeaseHeldError, hold_lease
 from airflow_mlpipelines.execution.staging import (
     commit_outputs,
@@ -141,13 +141,14 @@ class StepRunner:
         Raises:
             LeaseHeldError: Somebody else is making the same outputs right now.
             StepFailedError: The program failed.
+            EnvironmentBuildError: Its environment can't be had.
             DataError: An input can't be had, or an output was not made.
         """
         started = time.monotonic()
         fingerprint = self._fingerprint()
         try:
             return self._reuse_or_make(fingerprint, started)
-        except (StepFailedError, DataError) as error:
+        except (StepFailedError, EnvironmentBuildError, DataError) as error:
             first_line = str(error).partition("\n")[0]
             seconds = time.monotonic() - started
             self._record(fingerprint, state="failed", reason=first_line, seconds=seconds)

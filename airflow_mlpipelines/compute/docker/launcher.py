@@ -29,6 +29,11 @@ from airflow_mlpipelines.compute.docker.daemon import (
     stop_container,
     unreachable,
 )
+from airflow_mlpipelines.compute.docker.environments import (
+    define_image,
+    find_built,
+    provide_image,
+)
 from airflow_mlpipelines.compute.docker.failures import end_failure, start_failure
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
@@ -55,6 +60,7 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.compute.base import Emit, HandleStore, ProcessPaths, Stage, StepLaunch
     from airflow_mlpipelines.compute.docker.container import ContainerSpec
+    from airflow_mlpipelines.compute.docker.environments import ImageDefinition
     from airflow_mlpipelines.compute.docker.images import ImageIdentity
     from airflow_mlpipelines.definition.graph import DockerComputeSpec, EnvironmentSpec
 
@@ -74,6 +80,7 @@ class DockerLauncher(Launcher):
     def __init__(self, compute: DockerComputeSpec) -> None:
         self._compute = compute
         self._token = uuid.uuid4().hex
+        self._definition: ImageDefinition | None = None
         self._image_name: str | None = None
         self._name: str | None = None
         self._owner_file: Path | None = None
@@ -91,8 +98,10 @@ class DockerLauncher(Launcher):
     def resolve_environment(self, environment: EnvironmentSpec | None) -> ResolvedEnvironment:
         """Return the image by digest: as its name says, as the daemon has it, or as its registry does.
 
-        Where none of them tells, the step still runs, but nothing of it is reused.
+        One that has to be built is known by its definition, with its base by digest. Where none of them tells, the step still runs, but nothing of it is reused.
         """
+        if environment is not None and environment.needs_build:
+            return self._define(environment).resolve()
         name = image_name(environment, self._compute)
         identity = find_image(name, self._compute, timeout=_PLAN_TIMEOUT)
         return _resolved(name, identity, environment)
@@ -100,24 +109,49 @@ class DockerLauncher(Launcher):
     def prepare_environment(
         self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment, *, emit: Emit
     ) -> ResolvedEnvironment:
-        """Return ``resolved`` with its image on the daemon, pulled if it has to be.
+        """Return ``resolved`` with its image on the daemon, pulled or built if it has to be.
 
         Raises:
-            EnvironmentBuildError: There is no such image, or it may not be pulled.
+            EnvironmentBuildError: There is no such image, it may not be pulled, or it can't be built.
             ComputeUnavailableError: The daemon or the registry does not answer.
         """
+        if environment is not None and environment.needs_build:
+            definition, built = provide_image(self._define(environment), self._compute, emit=emit)
+            self._image_name = definition.name
+            return definition.resolve(built.reference)
         name = image_name(environment, self._compute)
         self._image_name = name
         reference = resolved.image or name
         client = self._client
         identity = local_image(client, reference)
         if identity is None:
-            puller = connect(self._compute, login=True) if self._compute.conn_id else client
+            puller = (
+                connect(self._compute, conn_id=self._compute.conn_id)
+                if self._compute.conn_id
+                else client
+            )
             pull_image(puller, reference, emit=emit)
             identity = local_image(client, reference)
         if resolved.cacheable or identity is None:
             return resolved
         return _resolved(name, identity, environment)
+
+    def is_prepared(
+        self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment
+    ) -> bool | None:
+        """Return whether the image is on the daemon, or in the workspace's registry."""
+        try:
+            if environment is not None and environment.needs_build:
+                return find_built(self._define(environment), self._compute) is not None
+            return local_image(self._client, resolved.image or "") is not None
+        except ComputeUnavailableError:
+            return None
+
+    def _define(self, environment: EnvironmentSpec) -> ImageDefinition:
+        """Return the image of an environment, the same one for as long as this launcher lives."""
+        if self._definition is None or self._definition.environment != environment:
+            self._definition = define_image(environment, self._compute, timeout=_PLAN_TIMEOUT)
+        return self._definition
 
     def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:
         """Return the places of ``stage`` below ``/mlp``."""
