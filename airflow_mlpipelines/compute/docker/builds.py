@@ -211,7 +211,7 @@ def _build_with_buildx(
     if code != 0:
         if any(_NO_DAEMON.search(line) for line in log.tail):
             raise unreachable(compute, f"the build of {named} was cut off: {log.tail[-1]}")
-        said = next((line for line in reversed(log.tail) if "rror" in line), "")
+        said = next((line for line in reversed(log.tail) if line.startswith("ERROR")), "")
         raise _failure(named, log, said)
 
 

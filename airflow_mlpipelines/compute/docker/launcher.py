@@ -101,7 +101,7 @@ class DockerLauncher(Launcher):
         One that has to be built is known by its definition, with its base by digest. Where none of them tells, the step still runs, but nothing of it is reused.
         """
         if environment is not None and environment.needs_build:
-            return self._define(environment).resolve()
+            return self.define_image(environment).resolve()
         name = image_name(environment, self._compute)
         identity = find_image(name, self._compute, timeout=_PLAN_TIMEOUT)
         return _resolved(name, identity, environment)
@@ -116,7 +116,9 @@ class DockerLauncher(Launcher):
             ComputeUnavailableError: The daemon or the registry does not answer.
         """
         if environment is not None and environment.needs_build:
-            definition, built = provide_image(self._define(environment), self._compute, emit=emit)
+            definition, built = provide_image(
+                self.define_image(environment), self._compute, emit=emit
+            )
             self._image_name = definition.name
             return definition.resolve(built.reference)
         name = image_name(environment, self._compute)
@@ -142,13 +144,17 @@ class DockerLauncher(Launcher):
         """Return whether the image is on the daemon, or in the workspace's registry."""
         try:
             if environment is not None and environment.needs_build:
-                return find_built(self._define(environment), self._compute) is not None
+                return find_built(self.define_image(environment), self._compute) is not None
             return local_image(self._client, resolved.image or "") is not None
         except ComputeUnavailableError:
             return None
 
-    def _define(self, environment: EnvironmentSpec) -> ImageDefinition:
-        """Return the image of an environment, the same one for as long as this launcher lives."""
+    def define_image(self, environment: EnvironmentSpec) -> ImageDefinition:
+        """Return the image to be built for an environment, the same one for as long as this launcher lives.
+
+        Raises:
+            EnvironmentBuildError: It has no base, or can't be built anywhere.
+        """
         if self._definition is None or self._definition.environment != environment:
             self._definition = define_image(environment, self._compute, timeout=_PLAN_TIMEOUT)
         return self._definition
