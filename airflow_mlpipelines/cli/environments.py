@@ -176,7 +176,9 @@ def export_environment(
             {"environment": use.title, "image": definition.name, "directory": str(directory)}
         )
         return
-    print(f"{use.title}: docker build -t {definition.name} {directory}")
+    for image_id, name in definition.local_bases.items():
+        print(f"docker tag {image_id} {name}")
+    print(f"docker build -t {definition.name} {directory}")
 
 
 # ---- which there are ---------------------------------------------------------------------------

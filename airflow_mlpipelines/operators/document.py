@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.definition.graph import (
         Argument,
         ArgumentPart,
+        EnvironmentSpec,
         InputSource,
         PipelineGraph,
         StepSpec,
@@ -34,10 +35,7 @@ def describe_step(step: StepSpec, graph: PipelineGraph) -> str:
         ("compute", f"{compute.name} ({compute.type})"),
     ]
     if step.environment is not None:
-        packages = (
-            ", ".join(step.environment.pip) or "conda" if step.environment.has_packages else ""
-        )
-        rows.append(("environment", step.environment.image or packages or "Dockerfile"))
+        rows.append(("environment", _describe_environment(step.environment)))
     rows += [(f"input `{item.name}`", _describe_source(item.source)) for item in step.inputs]
     rows += [(f"output `{item.name}`", f"on {item.datastore}") for item in step.outputs]
     asked = step.resources.model_dump(exclude_none=True)
@@ -70,6 +68,15 @@ def _describe_part(part: ArgumentPart) -> str:
     if isinstance(part, (InputPart, OutputPart)):
         return f"{{{part.name}}}"
     return f"{{parameter:{part.name}}}"
+
+
+def _describe_environment(environment: EnvironmentSpec) -> str:
+    parts = [environment.image] if environment.image else []
+    parts += ["Dockerfile"] if environment.dockerfile is not None else []
+    parts += [f"Python {environment.python_version}"] if environment.python_version else []
+    parts += [*environment.pip, *environment.apt]
+    parts += ["a conda file"] if environment.conda is not None else []
+    return ", ".join(parts) or environment.name or "variables only"
 
 
 def _describe_source(source: InputSource) -> str:

@@ -22,6 +22,7 @@ from airflow_mlpipelines.compute.docker.daemon import connect
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
     local_image,
+    pull_conn_id,
     pull_image,
     push_image,
     seek_image,
@@ -76,6 +77,16 @@ class ImageDefinition:
     def name(self) -> str:
         """Its name on a daemon."""
         return f"{REPOSITORY}:{self.context.digest}"
+
+    @property
+    def local_bases(self) -> dict[str, str]:
+        """The ids of bases that are in no registry, and the names by which its Dockerfile calls them."""
+        identities = self.bases.values()
+        return {
+            item.reference: _local_base(item.reference)
+            for item in identities
+            if item.reference == item.digest
+        }
 
     def resolve(self, image: str | None = None) -> ResolvedEnvironment:
         """Return what counts of it for the cache; ``image`` is the reference to run, once it is there."""
@@ -224,10 +235,9 @@ def _build_now(
     environment = definition.environment
     named = name_environment(environment)
     _pull_bases(definition, compute, client, emit)
-    for base in definition.bases.values():
-        if base.reference == base.digest:  # in no registry: its id can't stand behind FROM
-            repository, _, version = _local_base(base.reference).partition(":")
-            client.tag(base.reference, repository, version)
+    for image_id, name in definition.local_bases.items():
+        repository, _, version = name.partition(":")
+        client.tag(image_id, repository, version)
     emit(f"Building image {tag} for {named}. This is done once.")
     began = time.monotonic()
     build_image(
@@ -259,8 +269,7 @@ def _pull_bases(
 ) -> None:
     for base in definition.bases.values():
         if local_image(client, base.reference) is None:
-            puller = connect(compute, conn_id=compute.conn_id) if compute.conn_id else client
-            pull_image(puller, base.reference, emit=emit)
+            pull_image(connect(compute, conn_id=pull_conn_id(compute)), base.reference, emit=emit)
 
 
 def _base_images(bases: Mapping[str, ImageIdentity]) -> dict[str, BaseImage]:
@@ -274,7 +283,7 @@ def _base_images(bases: Mapping[str, ImageIdentity]) -> dict[str, BaseImage]:
 
 
 def _local_base(image_id: str) -> str:
-    """Return the name under which an image that is in no registry can be built upon."""
+    """Return the name under which an image that is in no registry can be built upon: an id can't be."""
     return f"{_BASE_REPOSITORY}:{image_id.removeprefix('sha256:')[:32]}"
 
 

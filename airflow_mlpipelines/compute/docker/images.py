@@ -68,13 +68,19 @@ def find_image(name: str, compute: DockerComputeSpec, *, timeout: int) -> ImageI
         local = local_image(client, name)
         if local is not None:
             return local
-        if compute.conn_id:
-            client = connect(compute, conn_id=compute.conn_id, timeout=timeout)
+        conn_id = pull_conn_id(compute)
+        if conn_id is not None:
+            client = connect(compute, conn_id=conn_id, timeout=timeout)
         return registry_image(client, name)
     except ComputeUnavailableError as error:
         return ImageIdentity(name, None, str(error))
     except OSError as error:  # docker's and requests' errors are OSErrors
         return ImageIdentity(name, None, str(unreachable(compute, str(error))))
+
+
+def pull_conn_id(compute: DockerComputeSpec) -> str | None:
+    """Return the Airflow connection to pull with: the compute's, else that of the workspace's registry."""
+    return compute.conn_id or (compute.registry.conn_id if compute.registry is not None else None)
 
 
 def pinned_image(name: str) -> ImageIdentity | None:

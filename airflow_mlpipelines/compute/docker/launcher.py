@@ -39,6 +39,7 @@ from airflow_mlpipelines.compute.docker.images import (
     find_image,
     image_name,
     local_image,
+    pull_conn_id,
     pull_image,
 )
 from airflow_mlpipelines.compute.docker.logs import LogFollower
@@ -127,11 +128,7 @@ class DockerLauncher(Launcher):
         client = self._client
         identity = local_image(client, reference)
         if identity is None:
-            puller = (
-                connect(self._compute, conn_id=self._compute.conn_id)
-                if self._compute.conn_id
-                else client
-            )
+            puller = connect(self._compute, conn_id=pull_conn_id(self._compute))
             pull_image(puller, reference, emit=emit)
             identity = local_image(client, reference)
         if resolved.cacheable or identity is None:

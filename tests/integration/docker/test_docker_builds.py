@@ -382,7 +382,7 @@ def test_a_base_in_a_registry_is_built_upon_by_its_digest(
     # Its name gone from the daemon, as it would be on another machine, it is still the same.
     known = workshop.launcher(shared).resolve_environment(environment)
     docker_cli("rmi", base)
-    compute = DockerComputeSpec(name="d", conn_id=CONN_ID, registry=shared)
+    compute = DockerComputeSpec(name="d", registry=shared)
     there = DockerLauncher(compute).resolve_environment(environment)
     assert (there.cacheable, there.digest) == (True, known.digest)
 
