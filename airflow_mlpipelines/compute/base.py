@@ -155,6 +155,23 @@ class Launcher(ABC):
             EnvironmentBuildError: It can't be built.
         """
 
+    def recall_environment(
+        self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
+    ) -> ResolvedEnvironment | None:
+        """Return the environment that a run was planned with, though its definition means another one now.
+
+        Asked for where a tag moved after the run had begun.
+
+        Args:
+            environment: The definition.
+            description: What :meth:`resolve_environment` said of it when the run was planned.
+
+        Returns:
+            What to prepare instead; None if this compute can only have what there is now.
+        """
+        del environment, description
+        return None
+
     def is_prepared(
         self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment
     ) -> bool | None:

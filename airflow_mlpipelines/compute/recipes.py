@@ -24,6 +24,7 @@ RECIPE_VERSION = 1
 """Raised when the same definition is built in another way: every image is another one then."""
 MARK = "mlpipelines:"
 """Begins what our own instructions print when they can't go on."""
+_BASE = "base image"
 _DIRECTORY = "/opt/mlpipelines/environment"
 _VERSION = re.compile(r"^\d+(\.\d+){1,2}$")
 _PINNED = re.compile(r"===?\s*[^*\s]+(\s|;|$)|\s@\s|^(/|-)")
@@ -106,7 +107,7 @@ def describe_packages(
     """Return what an environment asks for, by name, so that a change of it can be told in words."""
     packages = {}
     for number, base in enumerate(bases.values(), 1):
-        packages["base image" + (f" {number}" if number > 1 else "")] = base.digest or "unknown"
+        packages[_BASE + (f" {number}" if number > 1 else "")] = base.digest or "unknown"
     for line in environment.pip:
         match = _NAME.match(line)
         packages[match[1] if match else line] = (match[2] if match else "") or "any"
@@ -116,6 +117,12 @@ def describe_packages(
     if environment.conda is not None:
         packages["conda file"] = digest("conda-file-v1", environment.conda)[:12]
     return packages
+
+
+def list_base_digests(packages: Mapping[str, str]) -> list[str]:
+    """Return the digests of the bases among what :func:`describe_packages` has told, in their order."""
+    found = {name: digest for name, digest in packages.items() if name.startswith(_BASE)}
+    return [found[name] for name in sorted(found, key=lambda name: int(name[len(_BASE) :] or 1))]
 
 
 def count_unpinned(environment: EnvironmentSpec) -> tuple[int, int]:

@@ -287,7 +287,7 @@ class StepRunner:
         reason = self._why_not_reused(fingerprint)
         services.emit(f"Step {step.name!r} runs: {reason}")
         environment = launcher.prepare_environment(
-            step.environment, launcher.resolve_environment(step.environment), emit=services.emit
+            step.environment, self._resolve_environment(fingerprint), emit=services.emit
         )
         workplace = locate_workplace(
             step,
@@ -327,6 +327,29 @@ class StepRunner:
             metrics=metrics,
             made_now=True,
         )
+
+    def _resolve_environment(self, fingerprint: Fingerprint | None) -> ResolvedEnvironment:
+        """Return the environment that the plan names, also if a tag has moved since, where that can be had."""
+        step, services = self._step, self._services
+        resolved = services.launcher.resolve_environment(step.environment)
+        planned = self._plan.environments[step.id]
+        if fingerprint is None or resolved.digest == planned:
+            return resolved
+        description = services.index.get_contents([planned]).get(planned)
+        if description is None:
+            return resolved
+        recalled = services.launcher.recall_environment(step.environment, description)
+        if recalled is None:
+            return resolved
+        if recalled.digest != planned:
+            raise EnvironmentBuildError(
+                f"step {step.name!r}: local files that its environment is built from have changed since this run "
+                "was planned. Clear the run's first task, and what comes after it, to plan anew."
+            )
+        services.emit(
+            "The image's tag has moved since this run was planned: the run keeps its image"
+        )
+        return recalled
 
     def _launch(self, workplace: Workplace, environment: ResolvedEnvironment) -> dict[str, Any]:
         """Run the program to its end and return the metrics that it logged."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import Timeout
 
@@ -25,6 +25,7 @@ from airflow_mlpipelines.compute.docker.images import (
     pull_conn_id,
     pull_image,
     push_image,
+    recall_image,
     seek_image,
 )
 from airflow_mlpipelines.compute.environments import environments_directory, exclusive_lock
@@ -33,6 +34,7 @@ from airflow_mlpipelines.compute.recipes import (
     base_names,
     count_unpinned,
     describe_packages,
+    list_base_digests,
     make_context,
 )
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
@@ -118,6 +120,27 @@ def define_image(
     problems = [base.problem for base in bases.values() if base.digest is None]
     context = make_context(environment, _base_images(bases))
     return ImageDefinition(environment, bases, context, problems[0] if problems else None)
+
+
+def recall_definition(
+    environment: EnvironmentSpec, compute: DockerComputeSpec, description: Mapping[str, Any]
+) -> ImageDefinition:
+    """Return the image as it was defined when the environment was described, on the bases of that time.
+
+    Raises:
+        EnvironmentBuildError: It has no base, or can't be built anywhere.
+        ComputeUnavailableError: The daemon does not answer.
+    """
+    client = connect(compute)
+    names = base_names(environment, default=compute.image)
+    digests = list_base_digests(description.get("packages") or {})
+    bases = {
+        name: recall_image(client, name, digest)
+        for name, digest in zip(names, digests, strict=True)
+    }
+    return ImageDefinition(
+        environment, bases, make_context(environment, _base_images(bases)), problem=None
+    )
 
 
 def find_built(definition: ImageDefinition, compute: DockerComputeSpec) -> str | None:

@@ -89,6 +89,13 @@ def pinned_image(name: str) -> ImageIdentity | None:
     return ImageIdentity(name, match[1]) if match else None
 
 
+def recall_image(client: APIClient, name: str, digest: str) -> ImageIdentity:
+    """Return the image that ``name`` stood for when its digest was taken."""
+    if local_image(client, digest) is not None:
+        return ImageIdentity(digest, digest)  # the id of one that is in no registry
+    return ImageIdentity(f"{_repository(name)}@{digest}", digest)
+
+
 def local_image(client: APIClient, name: str) -> ImageIdentity | None:
     """Return what ``name`` means on the daemon, or None if it has no such image."""
     from docker.errors import NotFound

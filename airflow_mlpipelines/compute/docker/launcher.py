@@ -33,6 +33,7 @@ from airflow_mlpipelines.compute.docker.environments import (
     define_image,
     find_built,
     provide_image,
+    recall_definition,
 )
 from airflow_mlpipelines.compute.docker.failures import end_failure, start_failure
 from airflow_mlpipelines.compute.docker.images import (
@@ -41,6 +42,7 @@ from airflow_mlpipelines.compute.docker.images import (
     local_image,
     pull_conn_id,
     pull_image,
+    recall_image,
 )
 from airflow_mlpipelines.compute.docker.logs import LogFollower
 from airflow_mlpipelines.compute.docker.users import default_user, find_uid, hand_over
@@ -134,6 +136,18 @@ class DockerLauncher(Launcher):
         if resolved.cacheable or identity is None:
             return resolved
         return _resolved(name, identity, environment)
+
+    def recall_environment(
+        self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
+    ) -> ResolvedEnvironment | None:
+        """Return the image, or the definition on its bases, that the description names by digest."""
+        if environment is not None and environment.needs_build:
+            self._definition = recall_definition(environment, self._compute, description)
+            return self._definition.resolve()
+        name, digest = str(description.get("image")), description.get("digest")
+        if digest is None:
+            return None
+        return _resolved(name, recall_image(self._client, name, digest), environment)
 
     def is_prepared(
         self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ WORKSPACE = """
 name: test
 datastores: {store: {url: data}}
 computes:
+  here: {type: local}
   box: {type: docker, image: "python:3.11-slim"}
 """
 BROKEN = """
@@ -33,8 +35,37 @@ from airflow_mlpipelines import CommandStep, Environment, Pipeline, Workspace
 
 ws = Workspace.from_config()
 broken = Environment("broken", dockerfile="FROM python:3.11-slim\\nRUN echo no such tool; exit 9\\n")
-step = CommandStep(["true"], "use", environment=broken, compute_target="box", retries=2)
+step = CommandStep(["true"], "use", environment=broken, compute_target="box", retries=1, retry_delay=1)
 pipeline = Pipeline(ws, [step], name="on_a_broken_image")
+"""
+
+
+MOVING = """
+from airflow_mlpipelines import (
+    CommandStep, Environment, Pipeline, PipelineData, PipelineParameter, Workspace
+)
+
+ws = Workspace.from_config()
+one, two = PipelineData("one"), PipelineData("two")
+onto = PipelineParameter("onto", "none")
+move = CommandStep(["docker", "tag", onto, "TAG"], "move", compute_target="here", allow_reuse=False)
+plain = CommandStep(
+    ["sh", "-c", 'echo it is $TURN | tee "$0"', one],
+    "plain",
+    outputs=[one],
+    environment=Environment(image="TAG"),
+    compute_target="box",
+)
+built = CommandStep(
+    ["sh", "-c", 'echo it is $TURN and checked | tee "$0"', two],
+    "built",
+    outputs=[two],
+    environment=Environment(image="TAG", python_version="3.11"),
+    compute_target="box",
+)
+plain.run_after(move)
+built.run_after(move)
+pipeline = Pipeline(ws, [move, plain, built], name="moving")
 """
 
 
@@ -71,7 +102,7 @@ class Project:
 
     def ask(self, *arguments: object) -> Any:
         done = self.call(*arguments, "--json")
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -161,3 +192,32 @@ def test_an_image_that_can_not_be_built_is_tried_once_and_the_step_says_why(
     built = project.call("environment", "build", file)
     assert built.returncode == 1
     assert "End of the build's log:" in built.stderr
+
+
+def test_a_tag_that_moves_while_a_run_is_on_changes_nothing_in_it(project: Project) -> None:
+    tag = f"mlpipelines-test/{uuid.uuid4().hex[:12]}:1"
+    file = project.folder / "moving.py"
+    file.write_text(MOVING.replace("TAG", tag))
+    bases = [commit("one"), commit("two")]
+    try:
+        docker_cli("tag", bases[0], tag)
+        done = project.call("run", file, "-p", f"onto={bases[1]}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "keeps its image" in done.stderr
+        assert "plain | it is one" in done.stderr
+        assert "built | it is one and checked" in done.stderr
+
+        again = project.call("run", file, "-p", f"onto={bases[1]}")
+        assert "plain | it is two" in again.stderr
+        assert "built | it is two and checked" in again.stderr
+    finally:
+        docker_cli("rmi", "-f", tag, *project.images, *bases)
+
+
+def commit(turn: str) -> str:
+    """Return the id of an image that knows its turn."""
+    container = docker_cli("create", "python:3.11-slim", "none")
+    try:
+        return docker_cli("commit", f"--change=ENV TURN={turn}", container)
+    finally:
+        docker_cli("rm", container)
