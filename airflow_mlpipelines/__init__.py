@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         LocalCompute,
     )
     from airflow_mlpipelines.definition.data import DataReference, PipelineData
+    from airflow_mlpipelines.definition.distributed import Mpi, PyTorch, TensorFlow
     from airflow_mlpipelines.definition.environment import Environment
     from airflow_mlpipelines.definition.graph import PipelineGraph
     from airflow_mlpipelines.definition.parameters import PipelineParameter
@@ -43,16 +44,19 @@ __all__ = [
     "Experiment",
     "KubernetesCompute",
     "LocalCompute",
+    "Mpi",
     "Pipeline",
     "PipelineData",
     "PipelineGraph",
     "PipelineParameter",
     "PipelineRun",
     "PipelineStep",
+    "PyTorch",
     "PythonScriptStep",
     "Resources",
     "Run",
     "StepSequence",
+    "TensorFlow",
     "Workspace",
     "__version__",
 ]
@@ -67,16 +71,19 @@ _HOMES = {
     "Experiment": "submission.experiment",
     "KubernetesCompute": "definition.computes",
     "LocalCompute": "definition.computes",
+    "Mpi": "definition.distributed",
     "Pipeline": "definition.pipeline",
     "PipelineData": "definition.data",
     "PipelineGraph": "definition.graph",
     "PipelineParameter": "definition.parameters",
     "PipelineRun": "submission.run",
     "PipelineStep": "definition.steps",
+    "PyTorch": "definition.distributed",
     "PythonScriptStep": "definition.steps",
     "Resources": "definition.resources",
     "Run": "runtime.run",
     "StepSequence": "definition.steps",
+    "TensorFlow": "definition.distributed",
     "Workspace": "definition.workspace",
 }
 

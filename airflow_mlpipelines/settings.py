@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pwd
+import socket
 from pathlib import Path
 
 CONFIG_FILE_NAME = "mlpipelines.yaml"
@@ -14,6 +16,8 @@ METADATA_URL_VARIABLE = "MLPIPELINES_METADATA_URL"
 ECHO_VARIABLE = "MLPIPELINES_ECHO"
 """Set where a run goes on in a process that a person watches: steps print their lines there."""
 ALLOW_PICKLE_VARIABLE = "MLPIPELINES_ALLOW_PICKLE"
+GPU_LOCKS_VARIABLE = "MLPIPELINES_GPU_LOCKS"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def airflow_home() -> Path:
@@ -44,6 +48,28 @@ def stat_cache_file() -> Path:
 def blob_cache_directory() -> Path:
     """Return where this machine keeps fetched data by digest."""
     return home() / "blobs"
+
+
+def gpu_lock_directory() -> Path:
+    """Return where the workers of this machine agree on who has which GPU.
+
+    ``$MLPIPELINES_GPU_LOCKS`` if set, else a directory in the user's home that all Airflow deployments of
+    one user share. It is one for each boot of each machine: homes may be shared between machines, on
+    which the same number means another GPU. Not in ``/tmp``: Airflow's own service files give each of
+    its services one of its own.
+    """
+    override = os.environ.get(GPU_LOCKS_VARIABLE)
+    if override:
+        return Path(override).expanduser().absolute()
+    try:
+        base = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:  # a container with a user that has no entry
+        base = airflow_home()
+    try:
+        machine = _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        machine = socket.gethostname()
+    return base / ".cache" / "airflow_mlpipelines" / "gpus" / machine
 
 
 def default_metadata_url() -> str:

@@ -26,6 +26,7 @@ _STEP_WORDS = {
     "outputs": "outputs",
     "secrets": "secrets",
     "version": "version",
+    "distributed": "distribution",
     "config": "configuration",
 }
 

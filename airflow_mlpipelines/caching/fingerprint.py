@@ -98,6 +98,8 @@ def step_fingerprint(
     placed = {item.name: item.path_on_compute for item in step.inputs if item.path_on_compute}
     if placed:  # most have none, and keep the fingerprints of before there were any
         ingredients["step"]["input_paths"] = placed
+    if step.distributed is not None:  # the number of processes changes what they make
+        ingredients["step"]["distributed"] = step.distributed.model_dump()
     return Fingerprint(digest(FINGERPRINT_KIND, ingredients), ingredients)
 
 

@@ -135,6 +135,18 @@ class HandleStore(Protocol):
 class Launcher(ABC):
     """Runs step programs on one compute. One instance serves one step run."""
 
+    def check_resources(self, step: str, resources: ResourcesSpec) -> None:
+        """Return, unless it can be known now that a step will never get its ``resources`` here.
+
+        Called before anything is built, pulled or staged for it. What is in use at the moment does not
+        count. This default knows of nothing.
+
+        Raises:
+            StepFailedError: The compute can't give them, whoever tries.
+            ComputeUnavailableError: This worker can't, or the compute does not answer.
+        """
+        del step, resources
+
     @abstractmethod
     def resolve_environment(self, environment: EnvironmentSpec | None) -> ResolvedEnvironment:
         """Return what ``environment`` comes down to here, building nothing that takes long.

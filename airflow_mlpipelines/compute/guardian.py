@@ -14,7 +14,8 @@ guardian starts the program:
 Why a fork without an exec: an interpreter of its own would cost every step 10 ms or more, ``preexec_fn``
 is the same fork and covers the program's first process only, and a binary would have to be built. A
 forked guardian does nothing but system calls: it takes no lock that another thread of the worker may
-have held, logs nothing, imports nothing, collects no garbage, and keeps no file of the worker's open.
+have held, logs nothing, imports nothing, collects no garbage, and keeps no file of the worker's open
+but those that it is told to hold for as long as anything of the program lives: the locks of its GPUs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from airflow_mlpipelines.compute.processes import descendants, start_time
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 GRACE_SECONDS = 2.0
 """What a program has to end by itself after SIGTERM. Airflow leaves five seconds for everything."""
@@ -92,9 +93,14 @@ class ProgramEnd:
 
 
 class Guardian:
-    """The worker's side: a guardian that has been forked, and waits for :meth:`go`."""
+    """The worker's side: a guardian that has been forked, and waits for :meth:`go`.
 
-    def __init__(self, program: Program) -> None:
+    Args:
+        program: What it starts.
+        held: Open files of the worker that the guardian, the program, and what that starts have open too.
+    """
+
+    def __init__(self, program: Program, *, held: Sequence[int] = ()) -> None:
         output = os.pipe()
         report = os.pipe()
         lifeline = os.pipe()
@@ -103,7 +109,9 @@ class Guardian:
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
-            _guard_and_exit(program, lifeline=lifeline[0], report=report[1], output=output[1])
+            _guard_and_exit(
+                program, lifeline=lifeline[0], report=report[1], output=output[1], held=held
+            )
         for inherited in (output[1], report[1], lifeline[0]):
             os.close(inherited)
         self.pid = pid
@@ -174,16 +182,20 @@ def _reap(pid: int) -> None:
 # ---- the guardian's own side: after the fork, until it exits ------------------------------------
 
 
-def _guard_and_exit(program: Program, *, lifeline: int, report: int, output: int) -> NoReturn:
+def _guard_and_exit(
+    program: Program, *, lifeline: int, report: int, output: int, held: Sequence[int]
+) -> NoReturn:
     status = 1
     try:
         gc.disable()  # a finalizer of the worker's objects may do anything, such as close our files
         os.setsid()
         wakeup = _listen_to_signals()
-        _keep_files(lifeline, report, output, *wakeup)
+        _keep_files(lifeline, report, output, *wakeup, *held)
         _become_subreaper()
         if os.read(lifeline, 1) == _GO:
-            end = _guard(program, lifeline, wakeup[0], output)
+            end = _guard(program, lifeline, wakeup[0], output, held)
+            for file in held:  # before the worker learns of the end, and begins what comes next
+                os.close(file)
             os.write(report, json.dumps(asdict(end)).encode() + _END)
         status = 0
     finally:
@@ -222,7 +234,9 @@ def _become_subreaper() -> None:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _guard(program: Program, lifeline: int, wakeup: int, output: int) -> ProgramEnd:
+def _guard(
+    program: Program, lifeline: int, wakeup: int, output: int, held: Sequence[int]
+) -> ProgramEnd:
     try:
         process = subprocess.Popen(
             program.argv,
@@ -232,6 +246,7 @@ def _guard(program: Program, lifeline: int, wakeup: int, output: int) -> Program
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=held,
         )
     except (OSError, ValueError) as error:
         return ProgramEnd(start_error=_describe(error))

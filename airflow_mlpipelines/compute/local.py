@@ -11,11 +11,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections import deque
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from airflow_mlpipelines._naming import list_options
 from airflow_mlpipelines.compute.base import Launcher, ProcessPaths
 from airflow_mlpipelines.compute.environments import (
     interpreter_variables,
@@ -23,6 +26,8 @@ from airflow_mlpipelines.compute.environments import (
     prepare_python,
     resolve_python,
 )
+from airflow_mlpipelines.compute.gpu_locks import Claim, GpuQueue
+from airflow_mlpipelines.compute.gpus import CUDA, compute_gpus, device_variables, machine_gpus
 from airflow_mlpipelines.compute.guardian import (
     GRACE_SECONDS,
     Guardian,
@@ -34,6 +39,8 @@ from airflow_mlpipelines.compute.processes import end_process, kill_marked, mach
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from airflow_mlpipelines.compute.base import (
         Emit,
         HandleStore,
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
         Stage,
         StepLaunch,
     )
+    from airflow_mlpipelines.compute.gpus import Gpu
     from airflow_mlpipelines.compute.guardian import ProgramEnd
     from airflow_mlpipelines.definition.graph import (
         EnvironmentSpec,
@@ -73,6 +81,16 @@ class LocalLauncher(Launcher):
         self._over = threading.Event()
         self._over.set()
         self._killed = False
+
+    def check_resources(self, step: str, resources: ResourcesSpec) -> None:
+        """Return, unless the step asks for more GPUs than this worker can hand out.
+
+        Raises:
+            ComputeUnavailableError: It does.
+        """
+        del step
+        if resources.gpus:
+            self._find_gpus(resources.gpus)
 
     # ---- the environment -------------------------------------------------------------------
 
@@ -145,7 +163,24 @@ class LocalLauncher(Launcher):
         tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._thread = threading.get_ident()
         self._over.clear()
-        guardian = Guardian(self._program(launch))
+        try:
+            with self._claim_gpus(launch, emit) as claim:
+                end = self._run_guarded(launch, claim, emit, handle, tail)
+        finally:
+            self._over.set()
+        handle.set(None)
+        self._check(launch, end, tuple(tail))
+
+    def _run_guarded(
+        self,
+        launch: StepLaunch,
+        claim: Claim,
+        emit: Emit,
+        handle: HandleStore,
+        tail: deque[str],
+    ) -> ProgramEnd:
+        """Return how the program ended; the last lines that it printed are in ``tail``."""
+        guardian = Guardian(self._program(launch, claim), held=claim.files)
         try:
             # Noted before it starts: whatever runs can be found again.
             handle.set(
@@ -170,11 +205,9 @@ class LocalLauncher(Launcher):
         finally:
             self._guardian = None
             guardian.close()
-            self._over.set()
         if end.exit_code is None and end.start_error is None:  # nobody has ended it for sure
             kill_marked(STEP_RUN_VARIABLE, launch.step_run_id)
-        handle.set(None)
-        self._check(launch, end, tuple(tail))
+        return end
 
     def kill(self) -> None:
         """End the program and all it started, within three seconds.
@@ -189,7 +222,43 @@ class LocalLauncher(Launcher):
         if threading.get_ident() != self._thread:
             self._over.wait(_KILL_SECONDS)
 
-    def _program(self, launch: StepLaunch) -> Program:
+    @cached_property
+    def _machine_gpus(self) -> list[Gpu]:
+        return machine_gpus()
+
+    def _find_gpus(self, count: int) -> list[Gpu]:
+        """Return the GPUs that this compute has here.
+
+        Raises:
+            ComputeUnavailableError: They are fewer than ``count``.
+        """
+        found = compute_gpus(self._compute.gpus, machine=self._machine_gpus)
+        if count > len(found):
+            raise ComputeUnavailableError(_too_few(self._compute, count, found, self._machine_gpus))
+        return found
+
+    def _claim_gpus(self, launch: StepLaunch, emit: Emit) -> Claim:
+        """Return the GPUs that the step asks for, once they are free.
+
+        Raises:
+            ComputeUnavailableError: There are not as many here.
+            StepFailedError: It was killed while it waited for them.
+        """
+        count = launch.resources.gpus
+        if not count:
+            return Claim()
+        queue = GpuQueue(
+            self._find_gpus(count),
+            count,
+            step=launch.step_name,
+            step_run_id=launch.step_run_id,
+        )
+        claim = queue.wait(emit=emit, cancelled=lambda: self._killed)
+        if claim is None:
+            raise StepFailedError(launch.step_name, "it was killed while it waited for GPUs")
+        return claim
+
+    def _program(self, launch: StepLaunch, claim: Claim) -> Program:
         env = {
             name: value for name, value in os.environ.items() if not name.startswith(_WORKERS_OWN)
         }
@@ -200,6 +269,8 @@ class LocalLauncher(Launcher):
             paths = [env.get("PYTHONPATH", ""), os.environ["PYTHONPATH"]]
             env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         env |= launch.secrets
+        if claim.gpus or self._compute.gpus is not None:
+            env |= device_variables(claim.gpus)
         env[STEP_RUN_VARIABLE] = launch.step_run_id
         return Program(launch.argv, env, str(launch.stage.code), launch.timeout_seconds)
 
@@ -270,8 +341,31 @@ def _end_earlier(step_run_id: str, guardian: int, started: int) -> None:
         )
 
 
+def _too_few(
+    compute: LocalComputeSpec, count: int, found: Sequence[Gpu], machine: Sequence[Gpu]
+) -> str:
+    declared = compute.gpus
+    has = "all that there are" if declared is None else declared
+    if declared is not None and not isinstance(declared, int):
+        has = list_options(declared)
+    text = (
+        f"compute {compute.name!r}: the step asks for {count} GPUs, but this worker "
+        f"({socket.gethostname()}) can hand out {len(found)}. The compute's 'gpus' are {has}; "
+        f"the machine shows {len(machine) or 'none'}"
+    )
+    limit = os.environ.get(CUDA)
+    if limit is not None:
+        text += f", of which the worker may use {CUDA}={limit!r}"
+    if not machine:
+        text += (
+            " (nvidia-smi finds none, and neither does the driver). Send the step to a worker with GPUs, "
+            "or declare the ids of GPUs of another make: gpus: [0, 1]"
+        )
+    return f"{text}."
+
+
 def _note_limits(resources: ResourcesSpec) -> None:
-    asked = resources.model_dump(exclude_none=True)
+    asked = resources.model_dump(exclude_none=True, exclude={"gpus"})
     if asked:
         listed = ", ".join(f"{name}={value}" for name, value in asked.items())
         log.info("A local compute does not limit what a program takes; not enforced: %s", listed)

@@ -135,6 +135,7 @@ class _Builder:
             compute=self._find_compute(step),
             environment=self._find_environment(step),
             resources=step.resources.spec if step.resources is not None else _NO_RESOURCES,
+            distributed=step.distributed.spec if step.distributed is not None else None,
             allow_reuse=step.allow_reuse,
             version=step.version,
             code=step.code,

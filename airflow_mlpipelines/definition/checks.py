@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from airflow_mlpipelines._naming import make_identifier, suggest
 from airflow_mlpipelines.definition.graph import REGENERATE_OUTPUTS, LocalComputeSpec
+from airflow_mlpipelines.definition.resources import count_gpus
 from airflow_mlpipelines.exceptions import Problem
 
 if TYPE_CHECKING:
@@ -80,14 +81,23 @@ def _check_code(root: str, source_directory: str, script: str | None) -> Iterato
 
 def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
     asked = step.resources
+    nodes = step.distributed.nodes if step.distributed is not None else 1
+    if nodes > 1 and not isinstance(compute, LocalComputeSpec):
+        yield Problem(
+            f"is distributed over {nodes} nodes, but compute {compute.name!r} ({compute.type}) runs a step on "
+            "one. Set nodes=1 and processes_per_node to the number of processes",
+            step=step.name,
+        )
+    gpus = count_gpus(compute.gpus)
+    # A local compute that does not say has as many as the worker's machine, which only that one knows.
+    known = gpus is not None or not isinstance(compute, LocalComputeSpec)
+    if asked.gpus and known and asked.gpus > (gpus or 0):
+        has = f"only {gpus}" if gpus else "none"
+        yield Problem(
+            f"asks for {asked.gpus} GPUs, but compute {compute.name!r} has {has} (its 'gpus')",
+            step=step.name,
+        )
     if isinstance(compute, LocalComputeSpec):
-        if asked.gpus:
-            yield Problem(
-                f"asks for {asked.gpus} GPUs, but compute {compute.name!r} is local and hands out none. A "
-                "local process sees the machine's GPUs without asking; use a Docker or Kubernetes compute "
-                "to be given some.",
-                step=step.name,
-            )
         if step.environment is not None and step.environment.apt:
             yield Problem(
                 f"its environment has apt packages, but compute {compute.name!r} is local: they would have to be "
@@ -105,12 +115,6 @@ def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
         yield Problem(
             f"runs on compute {compute.name!r} ({compute.type}), which needs an image: give the step an "
             "Environment with an image or a python_version, or the compute an image of its own",
-            step=step.name,
-        )
-    if asked.gpus and asked.gpus > (compute.gpus or 0):
-        has = f"only {compute.gpus}" if compute.gpus else "none"
-        yield Problem(
-            f"asks for {asked.gpus} GPUs, but compute {compute.name!r} has {has} (its 'gpus')",
             step=step.name,
         )
     for what in ("cpus", "memory", "shm_size"):

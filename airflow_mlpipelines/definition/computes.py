@@ -15,16 +15,17 @@ from airflow_mlpipelines.definition.graph import (
     LocalComputeSpec,
     RegistrySpec,
 )
-from airflow_mlpipelines.definition.resources import parse_size
+from airflow_mlpipelines.definition.resources import parse_gpus, parse_size
 from airflow_mlpipelines.exceptions import DefinitionError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _SIZES = ("memory", "shm_size", "ephemeral_storage")
 _REPOSITORY = re.compile(
     r"^(localhost|[\w-]+(\.[\w-]+)+|[\w-]+(?=:\d))(:\d+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+$"
 )
+_WITH_GPU_IDS = ("local", "docker")
 _ADAPTER: TypeAdapter[ComputeSpec] = TypeAdapter(ComputeSpec)
 _SPECS: dict[str, type[Any]] = {
     "local": LocalComputeSpec,
@@ -57,12 +58,24 @@ class LocalCompute(ComputeTarget):
         name: Its name.
         max_nodes: How many steps may run on it at once, over all pipelines. Airflow sees to it with the
             pool ``mlpipelines_<name>``, which has to be there: ``airflow pools set mlpipelines_<name> 4 ""``.
+        gpus: The GPUs that steps may ask for, no two steps the same one: a list of ids (``GPU-…``, or
+            numbers as ``nvidia-smi`` gives them), or how many of the machine's. None is all that the
+            machine has. With a list or a number, a step that asks for none sees none.
+
+    Raises:
+        DefinitionError: ``gpus`` is neither a number nor ids.
     """
 
     type = "local"
 
-    def __init__(self, name: str = "local", *, max_nodes: int | None = None) -> None:
-        super().__init__(name, max_nodes=max_nodes)
+    def __init__(
+        self,
+        name: str = "local",
+        *,
+        max_nodes: int | None = None,
+        gpus: int | Sequence[int | str] | None = None,
+    ) -> None:
+        super().__init__(name, max_nodes=max_nodes, gpus=gpus)
 
 
 class DockerCompute(ComputeTarget):
@@ -73,6 +86,7 @@ class DockerCompute(ComputeTarget):
         fields: As :class:`~airflow_mlpipelines.definition.graph.DockerComputeSpec` has them: ``image``,
             ``docker_url``, ``conn_id``, ``cpus``, ``memory``, ``gpus``, ``shm_size``, ``user``,
             ``network_mode``, ``extra_hosts``, ``registry``, ``max_nodes``. Sizes are bytes, or such as ``8G``.
+            GPUs are a number, or a list of ids.
 
     Raises:
         DefinitionError: A field is unknown or of the wrong type.
@@ -128,6 +142,8 @@ def make_compute_spec(name: str, fields: Mapping[str, Any]) -> ComputeSpec:
     for size in _SIZES:
         if size in values:
             values[size] = parse_size(f"{where}: {size}", values[size])
+    if kind in _WITH_GPU_IDS:
+        values["gpus"] = parse_gpus(f"{where}: gpus", values.get("gpus"))
     try:
         return _ADAPTER.validate_python({**values, "name": name})
     except ValidationError as error:

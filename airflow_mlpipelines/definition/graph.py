@@ -18,6 +18,8 @@ ParameterValue = str | int | float | bool
 ParameterType = Literal["string", "int", "float", "bool"]
 Mode = Literal["mount", "download"]
 OutputMode = Literal["mount", "upload"]
+Gpus = int | tuple[str, ...] | None
+"""The GPUs of one machine: their number, or their ids (``GPU-…``, or numbers as text)."""
 
 
 class SpecModel(BaseModel):
@@ -76,10 +78,16 @@ class RegistrySpec(SpecModel):
 
 
 class LocalComputeSpec(SpecModel):
-    """Processes on the machine of the Airflow worker."""
+    """Processes on the machine of the Airflow worker.
+
+    Attributes:
+        gpus: The GPUs that it hands out to steps that ask for some: their ids; or how many of the
+            machine's; or None for all that the machine has.
+    """
 
     type: Literal["local"] = "local"
     name: str
+    gpus: Gpus = None
     max_nodes: int | None = None
 
 
@@ -90,7 +98,7 @@ class DockerComputeSpec(SpecModel):
         image: The image of steps whose environment names none.
         docker_url: The daemon; None is the provider's default (the local socket).
         conn_id: The Airflow connection with the credentials of a registry.
-        gpus: GPUs that the host has; steps may ask for at most as many.
+        gpus: GPUs that the host has, as a number or as ids; steps may ask for at most as many.
         user: ``uid[:gid]`` or a name; None is the user of the Airflow worker.
         network_mode: As Docker's ``--network``.
         registry: Where images that are built for it are kept; None is the workspace's.
@@ -103,7 +111,7 @@ class DockerComputeSpec(SpecModel):
     conn_id: str | None = None
     cpus: float | None = None
     memory: int | None = None
-    gpus: int | None = None
+    gpus: Gpus = None
     shm_size: int | None = None
     user: str | None = None
     network_mode: str | None = None
@@ -300,6 +308,22 @@ Argument = tuple[ArgumentPart, ...]
 """One element of argv: its parts are joined without anything between them."""
 
 
+class DistributedSpec(SpecModel):
+    """Several processes that work as one step.
+
+    Attributes:
+        framework: Whose way of finding each other they have.
+        nodes: Machines.
+        processes_per_node: Processes on each; for TensorFlow, its workers.
+        parameter_servers: TensorFlow's, beside the workers.
+    """
+
+    framework: Literal["mpi", "pytorch", "tensorflow"]
+    nodes: int = 1
+    processes_per_node: int = 1
+    parameter_servers: int = 0
+
+
 class StepSpec(SpecModel):
     """One unit of work.
 
@@ -319,6 +343,7 @@ class StepSpec(SpecModel):
         code: ``closure`` digests what the script reaches; ``folder`` the whole source directory.
         ignore: Names of params and parameters that leave the outputs unchanged.
         run_after: Ids of steps that must be over first, beyond those it takes data from.
+        distributed: The processes that it consists of; None for a single one.
         config: What a step type of the user's own needs beyond all this. Part of the fingerprint.
         timeout_seconds: How long the program may run.
     """
@@ -339,6 +364,7 @@ class StepSpec(SpecModel):
     compute: str
     environment: EnvironmentSpec | None = None
     resources: ResourcesSpec = ResourcesSpec()
+    distributed: DistributedSpec | None = None
     allow_reuse: bool = True
     version: str | None = None
     code: Literal["closure", "folder"] = "closure"

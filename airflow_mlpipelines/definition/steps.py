@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from airflow_mlpipelines.definition.data import DataReference, InputBinding, PipelineData
+from airflow_mlpipelines.definition.distributed import Distribution
 from airflow_mlpipelines.exceptions import DefinitionError
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class PipelineStep(ABC):
         version: A tag; changing it makes the step run again.
         environment: The software it runs on, or the name of one of the workspace's.
         resources: What it may use of its compute.
+        distributed: :class:`Mpi`, :class:`PyTorch` or :class:`TensorFlow`: the program is started as several
+            processes that find each other, and end together.
         retries: How often Airflow tries again after a failure; None leaves it to the DAG.
         retry_delay: Seconds before it does.
         timeout: Seconds after which the program is killed.
@@ -75,6 +78,7 @@ class PipelineStep(ABC):
         version: str | None = None,
         environment: Environment | str | None = None,
         resources: Resources | None = None,
+        distributed: Distribution | None = None,
         retries: int | None = None,
         retry_delay: float | None = None,
         timeout: float | None = None,
@@ -96,6 +100,7 @@ class PipelineStep(ABC):
         self.version = version
         self.environment = environment
         self.resources = resources
+        self.distributed = _check_distributed(name, distributed)
         self.retries = retries
         self.retry_delay = retry_delay
         self.timeout = timeout
@@ -237,3 +242,11 @@ def _check_handles(step: str, what: str, handles: Sequence[Any] | None) -> list[
             f"step {step!r}: {what} takes a list of data handles, as in {what}=[{type(handles).__name__}]"
         )
     return list(handles or ())
+
+
+def _check_distributed(step: str, distributed: Any) -> Distribution | None:
+    if distributed is None or isinstance(distributed, Distribution):
+        return distributed
+    raise DefinitionError(
+        f"step {step!r}: distributed takes Mpi(…), PyTorch(…) or TensorFlow(…), not {distributed!r}"
+    )

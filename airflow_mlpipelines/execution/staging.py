@@ -121,10 +121,9 @@ def fill_stage(
 
 
 def _make_anew(stage: Stage, stores: StoreSet, *, snapshot: str | None) -> None:
-    shutil.rmtree(stage.root, ignore_errors=True)
-    if stage.outputs:
-        shutil.rmtree(stage.outputs_root, ignore_errors=True)
-        stage.outputs_root.mkdir(parents=True)
+    for directory in (stage.root, stage.outputs_root):
+        shutil.rmtree(directory, ignore_errors=True)
+    stage.outputs_root.mkdir(parents=True)
     stage.run.mkdir(parents=True)
     if snapshot is not None:
         unpack_snapshot(snapshot, stores.default, stage.code)

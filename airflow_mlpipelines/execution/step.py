@@ -286,6 +286,7 @@ class StepRunner:
         launcher = services.launcher
         reason = self._why_not_reused(fingerprint)
         services.emit(f"Step {step.name!r} runs: {reason}")
+        launcher.check_resources(step.name, step.resources)
         environment = launcher.prepare_environment(
             step.environment, self._resolve_environment(fingerprint), emit=services.emit
         )
@@ -373,6 +374,9 @@ class StepRunner:
         )
         if step.script is not None:
             argv = [paths.python, step.script, *argv]
+        if step.distributed is not None:
+            gang = step.distributed.model_dump_json()
+            argv = [paths.python, "-m", "airflow_mlpipelines.runtime.gang", gang, "--", *argv]
         variables = step_environment(
             run_id=identity.step_run_id,
             step=step.name,

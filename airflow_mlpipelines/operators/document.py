@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.definition.graph import (
         Argument,
         ArgumentPart,
+        DistributedSpec,
         EnvironmentSpec,
         InputSource,
         PipelineGraph,
@@ -41,6 +42,8 @@ def describe_step(step: StepSpec, graph: PipelineGraph) -> str:
     asked = step.resources.model_dump(exclude_none=True)
     if asked:
         rows.append(("resources", ", ".join(f"{name} {value}" for name, value in asked.items())))
+    if step.distributed is not None:
+        rows.append(("distributed", describe_distribution(step.distributed)))
     if step.secrets:
         rows.append(("secrets", ", ".join(sorted(step.secrets))))
     if not step.allow_reuse:
@@ -48,6 +51,16 @@ def describe_step(step: StepSpec, graph: PipelineGraph) -> str:
     head = f"{step.description}\n\n" if step.description else ""
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     return f"{head}| {step.name} | |\n|---|---|\n{table}\n"
+
+
+def describe_distribution(spec: DistributedSpec) -> str:
+    """Return how many processes a step consists of, such as ``pytorch, 2 nodes with 4 processes each``."""
+    if spec.framework == "tensorflow":
+        servers = (
+            f" and {spec.parameter_servers} parameter servers" if spec.parameter_servers else ""
+        )
+        return f"tensorflow, {spec.processes_per_node} workers{servers}"
+    return f"{spec.framework}, {spec.nodes} nodes with {spec.processes_per_node} processes each"
 
 
 def describe_command(step: StepSpec) -> str:
@@ -74,7 +87,9 @@ def _describe_environment(environment: EnvironmentSpec) -> str:
     parts = [environment.image] if environment.image else []
     parts += ["Dockerfile"] if environment.dockerfile is not None else []
     parts += [f"Python {environment.python_version}"] if environment.python_version else []
-    parts += [*environment.pip, *environment.apt]
+    # Not those with paths, which differ between machines.
+    parts += [line for line in environment.pip if line[:1].isalnum() and "file:" not in line]
+    parts += environment.apt
     parts += ["a conda file"] if environment.conda is not None else []
     return ", ".join(parts) or environment.name or "variables only"
 

@@ -21,6 +21,7 @@ _STAGED = (
     "azureml/core/__init__.py",
     "runtime/__init__.py",
     "runtime/contract.py",
+    "runtime/gang.py",
     "runtime/metrics.py",
     "runtime/run.py",
 )

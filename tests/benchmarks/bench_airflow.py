@@ -115,35 +115,42 @@ def main() -> int:
                 (home / "dags" / "of_reuse.py").write_text(head + OF_REUSE)
                 results.append(measure_reuse(stack, client, args.steps, args.rounds))
     for result in results:
-        print(json.dumps(result) if args.json else _show(result), flush=True)
+        print(json.dumps(result) if args.json else show(result), flush=True)
     return 0 if all(result["ratio"] <= result["limit"] for result in results) else 1
 
 
 def measure_steps(client: AirflowClient, rounds: int) -> list[dict[str, object]]:
     """Return the time of a step against that of a BashOperator, in a chain and in a fan-out."""
-    results = []
-    for shape, count in (("chain", CHAIN), ("fan", FAN)):
-        for dag_id in (f"bash_{shape}", f"step_{shape}"):
-            run(client, dag_id)  # the first run after a start imports more
-        pairs = [
-            (
-                tasks_seconds(client, f"bash_{shape}", {}),
-                tasks_seconds(client, f"step_{shape}", {"regenerate_outputs": ["all"]}),
-            )
-            for _ in range(rounds)
-        ]
-        bash, step = (statistics.median(times) for times in zip(*pairs, strict=True))
-        results.append(
-            {
-                "benchmark": f"a step on LocalCompute, {shape} of {count}",
-                "baseline": "BashOperator with the same command",
-                "baseline_s_per_task": round(bash / count, 4),
-                "step_s_per_task": round(step / count, 4),
-                "ratio": round(step / bash, 2),
-                "limit": LIMIT_STEP,
-            }
+    return [
+        {
+            "benchmark": f"a step on LocalCompute, {shape} of {count}",
+            "baseline": "BashOperator with the same command",
+            **measure_shape(client, f"bash_{shape}", f"step_{shape}", count, rounds),
+            "limit": LIMIT_STEP,
+        }
+        for shape, count in (("chain", CHAIN), ("fan", FAN))
+    ]
+
+
+def measure_shape(
+    client: AirflowClient, baseline: str, pipeline: str, count: int, rounds: int
+) -> dict[str, float]:
+    """Return the seconds per task of two DAGs with ``count`` tasks, by turns, and their ratio."""
+    for dag_id in (baseline, pipeline):
+        run(client, dag_id)  # the first run after a start imports more
+    pairs = [
+        (
+            tasks_seconds(client, baseline, {}),
+            tasks_seconds(client, pipeline, {"regenerate_outputs": ["all"]}),
         )
-    return results
+        for _ in range(rounds)
+    ]
+    theirs, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return {
+        "baseline_s_per_task": round(theirs / count, 4),
+        "step_s_per_task": round(ours / count, 4),
+        "ratio": round(ours / theirs, 2),
+    }
 
 
 def make_all_steps() -> None:
@@ -260,7 +267,8 @@ def report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _show(result: dict[str, object]) -> str:
+def show(result: dict[str, object]) -> str:
+    """Return a result for people."""
     return "\n".join(f"{key}: {value}" for key, value in result.items()) + "\n"
 
 

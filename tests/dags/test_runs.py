@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from airflow_mlpipelines import CommandStep, Pipeline, PipelineData, PipelineParameter, Workspace
+from airflow_mlpipelines import (
+    CommandStep,
+    LocalCompute,
+    Pipeline,
+    PipelineData,
+    PipelineParameter,
+    Resources,
+    Workspace,
+)
+from airflow_mlpipelines.compute import local
 from airflow_mlpipelines.exceptions import DefinitionError
 
 if TYPE_CHECKING:
@@ -138,6 +147,44 @@ def test_a_failed_step_says_why(run_dag: RunDag):
     assert run.state == "failed"
     assert record["state"] == "failed"
     assert "exit code 7" in record["reason"]
+
+
+def test_a_step_has_the_gpus_that_it_asks_for(run_dag: RunDag, monkeypatch, tmp_path):
+    # Ids that no machine has: where it shows GPUs of its own, a workspace's others are left out.
+    monkeypatch.setattr(local, "machine_gpus", list)
+    monkeypatch.setenv("MLPIPELINES_GPU_LOCKS", str(tmp_path / "locks"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    here = LocalCompute("here", gpus=["GPU-6a1c", "GPU-77d0"])
+    steps = [
+        CommandStep(
+            ["sh", "-c", f'echo "<$CUDA_VISIBLE_DEVICES>" > {tmp_path}/gpus-{count}'],
+            name=f"takes_{count}",
+            compute_target=here,
+            resources=Resources(gpus=count),
+        )
+        for count in (0, 1, 2)
+    ]
+
+    run = run_dag(Pipeline(Workspace.from_config(), steps, name="with_gpus").to_dag())
+
+    assert run.state == "success"
+    seen = [(tmp_path / f"gpus-{count}").read_text().strip() for count in (0, 1, 2)]
+    assert seen == ["<>", "<GPU-6a1c>", "<GPU-6a1c,GPU-77d0>"]
+
+
+def test_gpus_that_the_worker_lacks_are_missed_before_anything_is_built(
+    run_dag: RunDag, monkeypatch, capfd
+):
+    monkeypatch.setattr(local, "machine_gpus", list)
+    built = []
+    monkeypatch.setattr(local, "prepare_python", lambda *_, **__: built.append("environment"))
+    step = CommandStep(["true"], name="train", resources=Resources(gpus=1))
+
+    run = run_dag(Pipeline(Workspace.from_config(), [step], name="without_gpus").to_dag())
+
+    assert run.state == "failed"
+    assert not built
+    assert "asks for 1 GPUs, but this worker" in capfd.readouterr().out
 
 
 def test_the_run_s_summary_can_be_pulled_from_the_last_task(run_dag: RunDag):

@@ -25,3 +25,16 @@ def test_without_a_word_in_the_environment_airflow_decides(
 ) -> None:
     monkeypatch.delenv("MLPIPELINES_ALLOW_PICKLE", raising=False)
     assert settings.allow_pickle(configured=configured) is configured
+
+
+def test_two_airflows_of_one_user_agree_on_who_has_which_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MLPIPELINES_GPU_LOCKS", raising=False)
+    monkeypatch.setenv("AIRFLOW_HOME", "/one")
+    of_one = settings.gpu_lock_directory()
+    monkeypatch.setenv("AIRFLOW_HOME", "/other")
+    monkeypatch.setenv("HOME", "/elsewhere")
+    assert settings.gpu_lock_directory() == of_one
+    monkeypatch.setenv("MLPIPELINES_GPU_LOCKS", "/shared/locks")
+    assert str(settings.gpu_lock_directory()) == "/shared/locks"

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import ProcessPaths
+from airflow_mlpipelines.compute.docker.gpus import chosen_gpus, device_requests
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,6 +60,8 @@ class ContainerSpec:
         image_name: The image as people call it.
         user: The worker's ``uid:gid``, or whom the compute names.
         memory: Bytes; swap does not come on top.
+        gpus: How many it gets.
+        gpu_ids: Which ones; empty leaves that to the daemon.
     """
 
     name: str
@@ -74,6 +77,7 @@ class ContainerSpec:
     memory: int | None = None
     shm_size: int | None = None
     gpus: int = 0
+    gpu_ids: tuple[str, ...] = ()
     network_mode: str | None = None
     extra_hosts: Mapping[str, str] = field(default_factory=dict)
 
@@ -141,6 +145,7 @@ def plan_container(
         memory=memory,
         shm_size=shm_size,
         gpus=gpus,
+        gpu_ids=chosen_gpus(compute, gpus),
         network_mode=compute.network_mode,
         extra_hosts=compute.extra_hosts,
     )
@@ -159,8 +164,6 @@ def needs_home(user: str) -> bool:
 
 def make_container(spec: ContainerSpec, client: APIClient, *, uid: int) -> str:
     """Return the id of a container made for ``spec``, not yet started."""
-    from docker.types import DeviceRequest
-
     operator = _operator_class()(
         task_id=spec.name,
         image=spec.image,
@@ -175,9 +178,7 @@ def make_container(spec: ContainerSpec, client: APIClient, *, uid: int) -> str:
         shm_size=spec.shm_size,
         network_mode=spec.network_mode,
         extra_hosts=dict(spec.extra_hosts),
-        device_requests=(
-            [DeviceRequest(count=spec.gpus, capabilities=[["gpu"]])] if spec.gpus else None
-        ),
+        device_requests=device_requests(spec.gpus, spec.gpu_ids) or None,
         labels=dict(spec.labels),
     )
     return str(operator.make(spec, client, uid))

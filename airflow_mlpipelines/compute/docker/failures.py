@@ -7,6 +7,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines.compute.docker.container import SHELL
+from airflow_mlpipelines.compute.docker.gpus import is_refusal, no_gpu_runtime
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ _SERVER_ERROR = 500
 _CONFLICT = 409
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _STEP = 1024
-_NO_GPU = re.compile(
-    r"could not select device driver|unknown or invalid runtime name: nvidia", re.I
-)
+_OTHER_GPUS = re.compile(r"nvidia-container-cli: device error|unresolvable CDI devices", re.I)
 _NO_PROGRAM = re.compile(r"\[FATAL tini .*\] exec (?P<program>.+) failed: (?P<why>.+)")
 _NO_INIT = re.compile(r'exec: "?docker-init', re.I)
 _NO_SOURCE = re.compile(r"bind source path does not exist: (?P<path>.+)|invalid mount config", re.I)
@@ -38,11 +37,14 @@ def start_failure(step: str, error: APIError, spec: ContainerSpec, daemon: str) 
     """Return what to raise when the daemon made no container of ``spec``, or did not start it."""
     said = str(error.explanation or error).strip()
     status = error.status_code or _SERVER_ERROR
-    if _NO_GPU.search(said):
+    if is_refusal(error):
+        return no_gpu_runtime(step, spec.gpus, daemon)
+    if _OTHER_GPUS.search(said):
+        asked = ", ".join(spec.gpu_ids) or str(spec.gpus)
         return StepFailedError(
             step,
-            f"it asks for {spec.gpus} GPUs, but the Docker daemon at {daemon} has no GPU runtime. Install "
-            "the NVIDIA Container Toolkit on that host and restart the daemon, or drop gpus=.",
+            f"it asks for GPUs ({asked}) that the host of the Docker daemon at {daemon} does not have. Correct "
+            f"the compute's 'gpus'. The daemon says: {said}",
             retryable=False,
         )
     if _NO_INIT.search(said):

@@ -36,6 +36,7 @@ from airflow_mlpipelines.compute.docker.environments import (
     recall_definition,
 )
 from airflow_mlpipelines.compute.docker.failures import end_failure, start_failure
+from airflow_mlpipelines.compute.docker.gpus import check_gpus
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
     image_name,
@@ -65,7 +66,11 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.compute.docker.container import ContainerSpec
     from airflow_mlpipelines.compute.docker.environments import ImageDefinition
     from airflow_mlpipelines.compute.docker.images import ImageIdentity
-    from airflow_mlpipelines.definition.graph import DockerComputeSpec, EnvironmentSpec
+    from airflow_mlpipelines.definition.graph import (
+        DockerComputeSpec,
+        EnvironmentSpec,
+        ResourcesSpec,
+    )
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +100,21 @@ class DockerLauncher(Launcher):
     def _client(self) -> APIClient:
         """The connection of the thread that runs the step; whoever interrupts it opens another one."""
         return connect(self._compute)
+
+    def check_resources(self, step: str, resources: ResourcesSpec) -> None:
+        """Return, unless the step asks for GPUs that the daemon can't hand out.
+
+        Raises:
+            StepFailedError: It does.
+            ComputeUnavailableError: The daemon does not answer.
+        """
+        if not resources.gpus:
+            return
+        client = self._client
+        try:
+            check_gpus(step, client, self._compute, resources.gpus)
+        except OSError as error:  # docker's and requests' errors are OSErrors
+            raise unreachable(self._compute, str(error)) from error
 
     # ---- the environment -------------------------------------------------------------------
 

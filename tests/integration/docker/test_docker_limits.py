@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from airflow_mlpipelines.compute.docker import DockerLauncher
+from airflow_mlpipelines.compute.docker import gpus as docker_gpus
+from airflow_mlpipelines.compute.docker.container import make_container, plan_container
+from airflow_mlpipelines.compute.docker.daemon import connect
 from airflow_mlpipelines.definition.graph import DockerComputeSpec, ResourcesSpec
 from airflow_mlpipelines.exceptions import MLPipelinesError, StepFailedError
 from tests.integration.docker.conftest import IMAGE, DockerStep, docker_cli, wait_until
@@ -71,15 +75,75 @@ def test_a_step_out_of_memory_is_told_the_limit_and_the_remedy(step: DockerStep)
     assert step.containers == []
 
 
-def test_gpus_on_a_daemon_without_gpu_runtime_are_refused_in_words(step: DockerStep) -> None:
+@pytest.mark.parametrize("gpus", [2, ("GPU-6a1c", "GPU-77d0"), None])
+def test_gpus_on_a_daemon_without_gpu_runtime_are_refused_in_words(
+    step: DockerStep, gpus: int | tuple[str, ...] | None
+) -> None:
     if "nvidia" in docker_cli("info", "--format", "{{json .Runtimes}}"):
         pytest.skip("this daemon has a GPU runtime")
+    step.compute = DockerComputeSpec(name="d", image=IMAGE, gpus=gpus)
     with pytest.raises(
         StepFailedError, match=r"asks for 2 GPUs.*NVIDIA Container Toolkit"
     ) as caught:
-        step.run(step.launch("true", resources=ResourcesSpec(gpus=2)))
+        step.run(step.launch("touch", "/mlp/outputs/model", resources=ResourcesSpec(gpus=2)))
     assert not caught.value.retryable
     assert step.containers == []
+    assert not list((step.root / "outputs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        (1, "asks for 1 GPUs.*NVIDIA Container Toolkit"),
+        (("GPU-6a1c",), "asks for 1 GPUs.*NVIDIA Container Toolkit"),
+        (("mlp.test/gpu=none",), "mlp.test/gpu=none.*nvidia-ctk cdi"),
+    ],
+)
+def test_a_daemon_without_gpus_is_found_out_before_anything_is_made_for_the_step(
+    step: DockerStep, gpus: int | tuple[str, ...], message: str
+) -> None:
+    if "nvidia" in docker_cli("info", "--format", "{{json .Runtimes}}"):
+        pytest.skip("this daemon has a GPU runtime")
+    launcher = DockerLauncher(DockerComputeSpec(name="d", image="mlp-test/nowhere:1", gpus=gpus))
+    launcher.check_resources("train", ResourcesSpec(cpus=1))
+    with pytest.raises(StepFailedError, match=message) as caught:
+        launcher.check_resources("train", ResourcesSpec(gpus=1))
+    assert not caught.value.retryable
+    assert docker_cli("ps", "-a", "-q", "--filter", "name=mlp-gpu-probe") == ""
+
+
+@pytest.mark.parametrize("program", ["true", "not-in-this-image"])
+def test_a_daemon_that_starts_the_probe_is_believed(
+    step: DockerStep, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    monkeypatch.setattr(docker_gpus, "_PROBE_PROGRAM", program)
+    # As one with NVIDIA's hook does, which says nothing of it: here, of a probe without a GPU.
+    monkeypatch.setattr(docker_gpus, "device_requests", lambda *_: [])
+    DockerLauncher(step.compute).check_resources("train", ResourcesSpec(gpus=1))
+    assert docker_cli("ps", "-a", "-q", "--filter", "name=mlp-gpu-probe") == ""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "request_"),
+    [
+        (4, ("", 2, [], [["gpu"]])),
+        (("GPU-6a1c", "1", "2"), ("", 0, ["GPU-6a1c", "1"], [["gpu"]])),
+        (
+            ("nvidia.com/gpu=0", "nvidia.com/gpu=1"),
+            ("cdi", 0, ["nvidia.com/gpu=0", "nvidia.com/gpu=1"], []),
+        ),
+    ],
+)
+def test_the_daemon_is_asked_for_the_gpus_of_the_step(
+    step: DockerStep, gpus: int | tuple[str, ...], request_: tuple[Any, ...]
+) -> None:
+    compute = DockerComputeSpec(name="d", image=IMAGE, gpus=gpus)
+    launch = step.launch("true", resources=ResourcesSpec(gpus=2))
+    spec = plan_container(launch, compute, image_name=IMAGE, user="0:0")
+    make_container(spec, connect(compute), uid=0)  # removed by the fixture; never started
+    (seen,) = step.inspect()["HostConfig"]["DeviceRequests"]
+    kept = (seen["Driver"], seen["Count"], seen["DeviceIDs"], seen["Capabilities"])
+    assert kept == request_
 
 
 def test_more_cpus_than_the_host_has_are_refused_in_the_daemons_words(step: DockerStep) -> None:
@@ -158,7 +222,6 @@ def test_a_directory_that_the_daemon_does_not_see_is_explained(step: DockerStep)
 
 
 def test_an_image_that_is_nowhere_is_named(step: DockerStep) -> None:
-    from airflow_mlpipelines.compute.docker import DockerLauncher
     from airflow_mlpipelines.definition.graph import EnvironmentSpec
 
     launcher = DockerLauncher(step.compute)
@@ -171,7 +234,6 @@ def test_an_image_that_is_nowhere_is_named(step: DockerStep) -> None:
 
 
 def test_an_image_on_the_daemon_is_resolved_to_its_digest(step: DockerStep) -> None:
-    from airflow_mlpipelines.compute.docker import DockerLauncher
 
     launcher = DockerLauncher(step.compute)
     resolved = launcher.resolve_environment(None)

@@ -21,6 +21,7 @@ from airflow_mlpipelines.compute.docker.container import (
     secrets_archive,
 )
 from airflow_mlpipelines.compute.docker.failures import end_failure, format_bytes, start_failure
+from airflow_mlpipelines.compute.docker.gpus import check_cdi_names, device_requests, has_runtime
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
     image_name,
@@ -100,6 +101,89 @@ def test_a_step_overrules_the_resources_of_its_compute(tmp_path: Path) -> None:
 
 def test_the_gpus_of_a_compute_are_not_taken_by_steps_that_ask_for_none(tmp_path: Path) -> None:
     assert make_spec(tmp_path, DockerComputeSpec(name="d", gpus=4)).gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("declared", "asked", "requests"),
+    [
+        (4, 2, [{"Count": 2, "Capabilities": [["gpu"]]}]),
+        (None, 1, [{"Count": 1, "Capabilities": [["gpu"]]}]),
+        (("GPU-a", "1"), 2, [{"DeviceIDs": ["GPU-a", "1"], "Capabilities": [["gpu"]]}]),
+        (("GPU-a", "GPU-b"), 1, [{"DeviceIDs": ["GPU-a"], "Capabilities": [["gpu"]]}]),
+        (("nvidia.com/gpu=0",), 1, [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=0"]}]),
+        (("GPU-a",), 0, []),
+        (4, None, []),
+    ],
+)
+def test_gpus_are_asked_for_by_number_or_by_id(
+    tmp_path: Path,
+    declared: int | tuple[str, ...] | None,
+    asked: int | None,
+    requests: list[dict[str, Any]],
+) -> None:
+    compute = DockerComputeSpec(name="d", gpus=declared)
+    spec = make_spec(tmp_path, compute, resources=ResourcesSpec(gpus=asked))
+    assert device_requests(spec.gpus, spec.gpu_ids) == requests
+
+
+CDI_0 = {"Source": "cdi", "ID": "nvidia.com/gpu=0"}
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"CDISpecDirs": None}, r"does not use the Container Device Interface"),
+        ({"CDISpecDirs": ["/etc/cdi"], "DiscoveredDevices": None}, None),
+        ({"CDISpecDirs": ["/etc/cdi"], "DiscoveredDevices": []}, "has found no devices"),
+        (
+            {"DiscoveredDevices": [CDI_0]},
+            r"\['nvidia.com/gpu=1'\], but the .* has \['nvidia.com/gpu=0'\]",
+        ),
+        ({"DiscoveredDevices": [CDI_0, {**CDI_0, "ID": "nvidia.com/gpu=1"}]}, None),
+    ],
+)
+def test_gpus_by_cdi_name_have_to_be_among_those_of_the_daemon(
+    info: dict[str, Any], message: str | None
+) -> None:
+    names = ("nvidia.com/gpu=0", "nvidia.com/gpu=1")
+    if message is None:
+        check_cdi_names("train", info, names, "unix://x")
+        return
+    with pytest.raises(StepFailedError, match=message) as caught:
+        check_cdi_names("train", info, names, "unix://x")
+    assert not caught.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("info", "known"),
+    [
+        ({"Runtimes": {"runc": {}}, "DiscoveredDevices": None}, False),
+        (
+            {"Runtimes": {"runc": {}}, "DiscoveredDevices": [{"Source": "cdi", "ID": "a/net=0"}]},
+            False,
+        ),
+        ({"Runtimes": {"runc": {}, "nvidia": {}}}, True),
+        ({"Runtimes": {"runc": {}}, "DiscoveredDevices": [CDI_0]}, True),
+    ],
+)
+def test_what_a_daemon_says_of_itself_tells_of_gpus(info: dict[str, Any], known: bool) -> None:
+    assert has_runtime(info) is known
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "nvidia-container-cli: device error: GPU-b: unknown device: unknown",
+        "CDI device injection failed: unresolvable CDI devices nvidia.com/gpu=7",
+    ],
+)
+def test_a_gpu_that_the_host_lacks_is_named_and_not_tried_again(tmp_path: Path, said: str) -> None:
+    compute = DockerComputeSpec(name="d", gpus=("GPU-b",))
+    spec = make_spec(tmp_path, compute, resources=ResourcesSpec(gpus=1))
+    error = start_failure("train", api_error(500, said), spec, "unix://x")
+    assert isinstance(error, StepFailedError)
+    assert not error.retryable
+    assert "asks for GPUs (GPU-b) that the host" in str(error)
 
 
 def test_a_gpu_step_gets_half_of_its_memory_as_shared_memory(tmp_path: Path) -> None:

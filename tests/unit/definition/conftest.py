@@ -14,6 +14,9 @@ datastores:
   other: {url: "memory://other"}
 computes:
   local: {type: local}
+  local-gpus: {type: local, gpus: [0, GPU-6a1c]}
+  no-gpus: {type: local, gpus: 0}
+  docker-gpus: {type: docker, image: "python:3.11-slim", gpus: [GPU-6a1c]}
   cpu-docker: {type: docker, image: "python:3.11-slim", cpus: 2, memory: 4G}
   gpu-cluster: {type: kubernetes, namespace: ml, image: "train:1", gpus: 2, max_nodes: 4}
 environments:

@@ -257,7 +257,11 @@ class TestProblems:
     @pytest.mark.parametrize(
         ("compute", "gpus", "message"),
         [
-            ("local", 1, "is local and hands out none"),
+            ("local", 64, None),  # how many there are, only the worker's machine knows
+            ("local-gpus", 3, "has only 2"),
+            ("local-gpus", 2, None),
+            ("no-gpus", 1, "has none"),
+            ("docker-gpus", 2, "has only 1"),
             ("cpu-docker", 1, "has none"),
             ("gpu-cluster", 3, "has only 2"),
             ("gpu-cluster", 2, None),

@@ -16,6 +16,25 @@ def test_a_file_names_datastores_computes_and_environments(ws, tmp_path):
     assert ws.environments["sklearn"].spec.pip == ("scikit-learn==1.5.0",)
 
 
+@pytest.mark.parametrize(
+    ("text", "gpus"),
+    [
+        ("2", 2),
+        ('"2"', 2),
+        ("[0, 1]", ("0", "1")),
+        ('"0,1"', ("0", "1")),
+        ("[GPU-6a1c, MIG-77d0]", ("GPU-6a1c", "MIG-77d0")),
+        ("[nvidia.com/gpu=0]", ("nvidia.com/gpu=0",)),
+        ("null", None),
+    ],
+)
+@pytest.mark.parametrize("kind", ["local", "docker"])
+def test_gpus_are_a_number_or_ids(tmp_path, kind, text, gpus):
+    (tmp_path / "mlpipelines.yaml").write_text(f"computes: {{c: {{type: {kind}, gpus: {text}}}}}")
+
+    assert Workspace.from_config(tmp_path).compute_targets["c"].spec.gpus == gpus
+
+
 def test_without_a_file_everything_is_on_this_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path))
 
@@ -63,6 +82,10 @@ def test_an_unknown_name_tells_which_there_are(ws, kind, name, message):
         ("computes: {gpu: {type: docker, memroy: 4G}}", "Did you mean 'memory'?"),
         ("computes: {gpu: {type: docker, memory: much}}", "'much' is no size"),
         ("computes: {gpu: {type: docker, cpus: many}}", "cpus"),
+        ("computes: {gpu: {type: local, gpus: lots}}", "neither a number of GPUs nor a list"),
+        ("computes: {gpu: {type: docker, gpus: [0, 0]}}", "each one once"),
+        ("computes: {gpu: {type: local, gpus: -1}}", "neither a number of GPUs nor a list"),
+        ("computes: {gpu: {type: kubernetes, gpus: [0]}}", "gpus"),
         ("datastores: {store: {conn_id: aws}}", "needs a url"),
         ("datastores: {store: {url: s3://b, conid: aws}}", "Did you mean 'conn_id'?"),
         ("default_compute: gpu", "compute 'gpu' is not in"),
