@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         PythonScriptStep,
         StepSequence,
     )
+    from airflow_mlpipelines.definition.transfer import DataTransferStep
     from airflow_mlpipelines.definition.workspace import Datastore, Workspace
     from airflow_mlpipelines.runtime.run import Run
     from airflow_mlpipelines.storage.artifact import Artifact
@@ -38,6 +39,7 @@ __all__ = [
     "Artifact",
     "CommandStep",
     "DataReference",
+    "DataTransferStep",
     "Datastore",
     "DockerCompute",
     "Environment",
@@ -65,6 +67,7 @@ _HOMES = {
     "Artifact": "storage.artifact",
     "CommandStep": "definition.steps",
     "DataReference": "definition.data",
+    "DataTransferStep": "definition.transfer",
     "Datastore": "definition.workspace",
     "DockerCompute": "definition.computes",
     "Environment": "definition.environment",

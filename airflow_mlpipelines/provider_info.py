@@ -31,7 +31,7 @@ def get_provider_info() -> dict[str, Any]:
         ],
         "config": {
             "mlpipelines": {
-                "description": "Where the metadata is kept, and how values travel between tasks with "
+                "description": "Where the metadata is kept, how much of fetched data, and how values travel between tasks with "
                 "``[core] xcom_backend = airflow_mlpipelines.xcom.DataReferenceXComBackend``.",
                 "options": {
                     "metadata_conn_id": {
@@ -40,6 +40,16 @@ def get_provider_info() -> dict[str, Any]:
                         "version_added": "0.1.0",
                         "type": "string",
                         "example": "mlpipelines_metadata",
+                        "default": "",
+                    },
+                    "blob_cache_size": {
+                        "description": "How much a machine keeps of the data that it fetches from remote "
+                        "datastores, below ``$AIRFLOW_HOME/mlpipelines/blobs``: bytes, or such as "
+                        "``200G``. What was used longest ago goes first. Empty: a tenth of the disk, and "
+                        "at most 50 GiB.",
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "200G",
                         "default": "",
                     },
                     "xcom_threshold_bytes": {

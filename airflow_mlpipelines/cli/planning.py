@@ -25,7 +25,7 @@ def plan_pipeline(
     graph = pipeline.graph
     from airflow_mlpipelines.caching.index import MetadataIndex
     from airflow_mlpipelines.execution.planning import plan_run
-    from airflow_mlpipelines.operators.connections import metadata_url, open_stores
+    from airflow_mlpipelines.operators.connections import metadata_url, open_blobs, open_stores
     from airflow_mlpipelines.storage.stat_cache import StatCache
 
     return plan_run(
@@ -35,5 +35,6 @@ def plan_pipeline(
         index=MetadataIndex(metadata_url()),
         stores=open_stores(graph),
         cache=StatCache(settings.stat_cache_file()),
+        blobs=open_blobs(),
         snapshot=False,
     )

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Emit = Callable[[str], None]
 """Takes one line that the step printed, without its line end, as soon as it is there."""
+KEPT_DIRECTORIES = ("outputs", "logs")
+"""Folders of the working directory that are kept with the run, as in Azure ML."""
 
 
 @dataclass(frozen=True)

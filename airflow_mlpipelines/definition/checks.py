@@ -7,8 +7,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines._naming import make_identifier, suggest
+from airflow_mlpipelines._protocols import find_protocol
 from airflow_mlpipelines.definition.graph import REGENERATE_OUTPUTS, LocalComputeSpec
 from airflow_mlpipelines.definition.resources import count_gpus
+from airflow_mlpipelines.definition.transfer import TRANSFER_OPERATOR
 from airflow_mlpipelines.exceptions import Problem
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ def check_graph(graph: PipelineGraph) -> list[Problem]:
                 checked[place] = list(_check_code(graph.root, *place))
             problems += [replace(problem, step=step.name) for problem in checked[place]]
         problems += _check_compute(step, graph.computes[step.compute])
+        problems += _check_outputs(step, graph)
         problems += _check_numbers(step)
         problems += _check_ignore(step)
     return problems
@@ -45,6 +48,12 @@ def _check_names(graph: PipelineGraph) -> Iterator[Problem]:
         yield Problem(
             f"{REGENERATE_OUTPUTS!r} is a parameter that every pipeline has; rename yours",
             port=f"parameter {REGENERATE_OUTPUTS!r}",
+        )
+    default = graph.datastores[graph.default_datastore]
+    if find_protocol(default.url).read_only:
+        yield Problem(
+            f"the default datastore {default.name!r} ({default.url}) can only be read, but the code of "
+            "steps is kept there. Make another one the default"
         )
     offered: dict[str, str] = {}
     for step in graph.steps:
@@ -81,6 +90,13 @@ def _check_code(root: str, source_directory: str, script: str | None) -> Iterato
 
 def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
     asked = step.resources
+    if step.operator == TRANSFER_OPERATOR and not isinstance(compute, LocalComputeSpec):
+        yield Problem(
+            f"moves data on the Airflow worker, but compute {compute.name!r} is of type {compute.type!r}. "
+            "Name one of type 'local', or none.",
+            step=step.name,
+        )
+        return
     nodes = step.distributed.nodes if step.distributed is not None else 1
     if nodes > 1 and not isinstance(compute, LocalComputeSpec):
         yield Problem(
@@ -123,6 +139,18 @@ def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
             yield Problem(
                 f"asks for {what} {wanted}, but compute {compute.name!r} has {limit}",
                 step=step.name,
+            )
+
+
+def _check_outputs(step: StepSpec, graph: PipelineGraph) -> Iterator[Problem]:
+    for output in step.outputs:
+        url = graph.datastores[output.datastore].url
+        if find_protocol(url).read_only:
+            yield Problem(
+                f"goes to datastore {output.datastore!r} ({url}), from which can only be read. Name another "
+                "datastore.",
+                step=step.name,
+                port=f"output {output.name!r}",
             )
 
 

@@ -39,7 +39,8 @@ class DataReference:
         path_on_datastore: The file or directory; by default the datastore's root.
         mode: ``mount`` for the data in place, read-only; ``download`` for a copy of the step's own.
         path_on_compute: Where the step's process sees it, relative to its working directory.
-        overwrite: As in Azure ML; a step's directories are always new, so there is nothing to decide.
+        overwrite: Where it is the destination of a transfer: whether files there that the source lacks are
+            deleted. A step's own directories are always new.
         pin: How a run finds out what the data are: by ``content``, or, quicker, by the ``version`` that
             the store tells (etag, generation, or modification time with size).
 
@@ -99,6 +100,10 @@ class DataReference:
         """Return the same data in place, read-only."""
         return self._with(mode="mount")
 
+    def pinned_by(self, pin: Literal["content", "version"]) -> DataReference:
+        """Return the same data, which a run finds out about in this way."""
+        return self._with(pin=pin)
+
     def _with(
         self,
         *,
@@ -106,6 +111,7 @@ class DataReference:
         name: str | None = None,
         mode: Mode | None = None,
         path_on_compute: str | None = None,
+        pin: Literal["content", "version"] | None = None,
     ) -> DataReference:
         return DataReference(
             self.datastore,
@@ -113,7 +119,8 @@ class DataReference:
             self.path_on_datastore if path_on_datastore is None else path_on_datastore,
             mode or self.mode,
             path_on_compute or self.path_on_compute,
-            pin=self.pin,
+            self.overwrite,
+            pin=pin or self.pin,
         )
 
     def __str__(self) -> str:

@@ -124,6 +124,17 @@ class KubernetesComputeSpec(SpecModel):
     """Pods of a Kubernetes cluster.
 
     Attributes:
+        conn_id: The Airflow connection to the cluster; None goes by ``in_cluster``, or by ``$KUBECONFIG``.
+        image: The image of steps whose environment names none.
+        helper_image: What carries the files of a step into its pod and out of it: any image with ``sh``, ``tar``
+            and ``sha256sum``.
+        security_context: By Kubernetes' own names, those of a pod and those of a container together. What
+            it leaves open is as for a user without rights: not root, no capabilities.
+        gpu_resource: What the cluster calls its GPUs.
+        pod_template_file: A Pod manifest on the worker that a step's pod is laid over.
+        queue: The Kueue queue that pods wait in.
+        startup_timeout_seconds: How long images may be pulled for, once a node was found.
+        schedule_timeout_seconds: How long a pod may wait for a node.
         registry: Where images that are built for it are kept; None is the workspace's.
     """
 
@@ -133,6 +144,7 @@ class KubernetesComputeSpec(SpecModel):
     conn_id: str | None = None
     in_cluster: bool | None = None
     image: str | None = None
+    helper_image: str = "busybox:1.36"
     service_account: str | None = None
     image_pull_secrets: tuple[str, ...] = ()
     node_selector: dict[str, str] = {}

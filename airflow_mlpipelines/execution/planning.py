@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from airflow_mlpipelines._digest import digest
 from airflow_mlpipelines.caching.closure import CodeDigest, SourceDirectory
 from airflow_mlpipelines.caching.planner import (
     PlanRequest,
@@ -19,6 +20,7 @@ from airflow_mlpipelines.caching.planner import (
 )
 from airflow_mlpipelines.compute.launchers import make_launcher
 from airflow_mlpipelines.definition.graph import REGENERATE_ALL, ExternalDataSpec
+from airflow_mlpipelines.definition.transfer import TRANSFER_OPERATOR
 from airflow_mlpipelines.exceptions import DefinitionError, MLPipelinesError
 from airflow_mlpipelines.storage.snapshots import list_source_files, make_snapshot
 from airflow_mlpipelines.storage.transfer import missing_artifacts, pin_external
@@ -36,13 +38,14 @@ if TYPE_CHECKING:
         StepSpec,
     )
     from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.blobs import BlobCache
     from airflow_mlpipelines.storage.stat_cache import StatCache
     from airflow_mlpipelines.storage.stores import StoreSet
 
 _PARALLEL_PINS = 8
 
 
-def plan_run(
+def plan_run(  # noqa: PLR0913 - all that a plan depends on
     graph: PipelineGraph,
     *,
     parameters: Mapping[str, object],
@@ -50,6 +53,7 @@ def plan_run(
     index: MetadataIndex,
     stores: StoreSet,
     cache: StatCache | None = None,
+    blobs: BlobCache | None = None,
     snapshot: bool = True,
 ) -> RunPlan:
     """Return what every step of a run with these parameters will do, and why.
@@ -61,6 +65,7 @@ def plan_run(
         index: The metadata database.
         stores: The registered datastores.
         cache: Digests of files already read.
+        blobs: Where data read from remote datastores are kept for the steps.
         snapshot: Whether to store the code for the run. A plan that nobody will run needs none.
 
     Raises:
@@ -79,7 +84,7 @@ def plan_run(
         parameters=values,
         code=code,
         environments=environments,
-        external=_pin_external_data(graph, stores, cache),
+        external=_pin_external_data(graph, stores, cache, blobs),
         snapshots=snapshots,
         regenerate=_expand_regenerate(graph, regenerate),
         contents=contents,
@@ -181,6 +186,9 @@ def _resolve_environments(
     resolved: dict[tuple[str, str], ResolvedEnvironment] = {}
     environments = {}
     for step in graph.steps:
+        if step.operator == TRANSFER_OPERATOR:  # a copy is the same whatever makes it
+            environments[step.id] = StepEnvironment(digest("environment-v1", None))
+            continue
         spec = step.environment
         key = (step.compute, spec.model_dump_json() if spec is not None else "")
         if key not in resolved:
@@ -197,16 +205,20 @@ def _resolve_environments(
 
 
 def _pin_external_data(
-    graph: PipelineGraph, stores: StoreSet, cache: StatCache | None
+    graph: PipelineGraph, stores: StoreSet, cache: StatCache | None, blobs: BlobCache | None
 ) -> dict[str, Artifact | None]:
     wanted: dict[str, ExternalDataSpec] = {}
     for step in graph.steps:
         for item in step.inputs:
             if isinstance(item.source, ExternalDataSpec):
-                wanted[external_key(item.source)] = item.source
+                key = external_key(item.source)
+                if key not in wanted or item.source.pin == "content":  # for all who read it
+                    wanted[key] = item.source
 
     def pin(source: ExternalDataSpec) -> Artifact | None:
-        return pin_external(stores[source.datastore], source.path, how=source.pin, cache=cache)
+        return pin_external(
+            stores[source.datastore], source.path, how=source.pin, cache=cache, blobs=blobs
+        )
 
     if len(wanted) < 2:  # threads pay from the second on
         return {key: pin(source) for key, source in wanted.items()}

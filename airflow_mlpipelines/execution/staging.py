@@ -7,26 +7,41 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines import settings
-from airflow_mlpipelines.compute.base import Stage
+from airflow_mlpipelines.compute.base import KEPT_DIRECTORIES, Stage
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.runtime.stage import stage_runtime
-from airflow_mlpipelines.storage.blobs import BlobCache
+from airflow_mlpipelines.storage.placing import make_writable
 from airflow_mlpipelines.storage.snapshots import unpack_snapshot
 from airflow_mlpipelines.storage.transfer import commit_output, fetch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import ExitStack
     from pathlib import Path
 
     from airflow_mlpipelines.compute.base import ProcessPaths
     from airflow_mlpipelines.definition.graph import StepSpec
     from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.blobs import BlobCache
     from airflow_mlpipelines.storage.stat_cache import StatCache
     from airflow_mlpipelines.storage.stores import StoreSet
 
-KEPT_DIRECTORIES = ("outputs", "logs")
-"""Folders of the working directory that are kept with the run, as in Azure ML."""
 RUN_FILES = "_run"
+
+
+@dataclass(frozen=True)
+class FetchedData:
+    """How a step gets data that come from remote datastores.
+
+    Attributes:
+        blobs: What this machine has fetched before.
+        held: Keeps what the step uses in there until it is closed.
+        link: Whether the step's inputs are mounted read-only, so that hard links are safe from it.
+    """
+
+    blobs: BlobCache
+    held: ExitStack
+    link: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,7 @@ def fill_stage(
     *,
     snapshot: str | None,
     inputs: Mapping[str, Artifact | None],
+    fetched: FetchedData,
     adopt: bool,
 ) -> Workplace:
     """Return the workplace with code, runtime and inputs there.
@@ -94,6 +110,7 @@ def fill_stage(
         stores: The registered datastores.
         snapshot: The digest of the step's code; None for a step without files of its own.
         inputs: What each input has to hold; None for external data that is not there.
+        fetched: How remote data are fetched.
         adopt: A program of an earlier try still works there: its directories are left as they are.
 
     Raises:
@@ -102,7 +119,6 @@ def fill_stage(
     stage = workplace.stage
     if not adopt:
         _make_anew(stage, stores, snapshot=snapshot)
-    blobs = BlobCache(settings.blob_cache_directory())
     paths = {}
     for item in step.inputs:
         artifact = inputs[item.name]
@@ -110,11 +126,18 @@ def fill_stage(
             continue
         target = stage.root / "inputs" / item.name
         try:
-            found = fetch(artifact, stores, blobs=blobs, target=target)
+            found = fetch(
+                artifact,
+                stores,
+                blobs=fetched.blobs,
+                target=target,
+                link=fetched.link and item.mode != "download",
+                held=fetched.held,
+            )
         except DataError as error:
             raise DataError(f"step {step.name!r}, input {item.name!r}: {error}") from error
-        if item.mode == "download" and found != target and not adopt:
-            found = _copy(found, target)
+        if item.mode == "download" and not adopt:
+            found = _own(found, target)
         paths[item.name] = found
     filled = replace(stage, inputs=paths, runtime=stage_runtime(stage.runtime))
     return replace(workplace, stage=filled)
@@ -153,13 +176,16 @@ def link_inputs(stage: Stage, step: StepSpec, paths: ProcessPaths) -> None:
             ) from error
 
 
-def _copy(source: Path, target: Path) -> Path:
+def _own(found: Path, target: Path) -> Path:
     """Return a private copy: a step that downloads its input may write to it."""
+    if found == target:  # it is a copy already, as the blob cache gives it
+        make_writable(target)
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+    if found.is_dir():
+        shutil.copytree(found, target, symlinks=True, dirs_exist_ok=True)
     else:
-        shutil.copy2(source, target)
+        shutil.copy2(found, target)
     return target
 
 
@@ -170,6 +196,7 @@ def commit_outputs(
     *,
     step_run_id: str,
     cache: StatCache | None,
+    blobs: BlobCache,
 ) -> dict[str, Artifact]:
     """Return the step's outputs, digested and where they stay.
 
@@ -187,6 +214,7 @@ def commit_outputs(
                 step_run=step_run_id,
                 expect_directory=output.is_directory,
                 cache=cache,
+                blobs=blobs,
             )
         except DataError as error:
             raise DataError(f"step {step.name!r}, output {output.name!r}: {error}") from error

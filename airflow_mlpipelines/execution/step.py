@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from airflow_mlpipelines.definition.graph import ParameterRef
 from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
 from airflow_mlpipelines.execution.heartbeat import LeaseHeldError, hold_lease
 from airflow_mlpipelines.execution.staging import (
+    FetchedData,
     commit_outputs,
     fill_stage,
     keep_run_files,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.execution.identity import TaskIdentity
     from airflow_mlpipelines.execution.staging import Workplace
     from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.blobs import BlobCache
     from airflow_mlpipelines.storage.stat_cache import StatCache
     from airflow_mlpipelines.storage.stores import StoreSet
 
@@ -87,6 +90,7 @@ class Services:
         secrets: Environment variables of the step's process that must be seen nowhere else.
         handle: Remembers what was launched, for a retry after the worker was lost.
         emit: Takes a line for the step's log.
+        blobs: Data of remote datastores that this machine has fetched before.
         writer: Whose entries these are, such as the Airflow deployment's name.
     """
 
@@ -95,6 +99,7 @@ class Services:
     launcher: Launcher
     handle: HandleStore
     emit: Emit
+    blobs: BlobCache
     secrets: Mapping[str, str] = field(default_factory=dict)
     cache: StatCache | None = None
     writer: str = ""
@@ -281,14 +286,29 @@ class StepRunner:
     # ---- how -------------------------------------------------------------------------------
 
     def _make(self, fingerprint: Fingerprint | None, started: float) -> StepResult:
-        """Run the program and commit what it made: data first, then the entry."""
+        """Make the outputs and commit them: data first, then the entry."""
+        reason = self._why_not_reused(fingerprint)
+        self._services.emit(f"Step {self._step.name!r} runs: {reason}")
+        with ExitStack() as held:
+            outputs, metrics = self._make_outputs(held)
+        return StepResult(
+            state="ran",
+            reason=reason,
+            seconds=time.monotonic() - started,
+            outputs=outputs,
+            step_run=self._identity.step_run_id,
+            fingerprint=fingerprint.digest if fingerprint is not None else None,
+            metrics=metrics,
+            made_now=True,
+        )
+
+    def _make_outputs(self, held: ExitStack) -> tuple[dict[str, Artifact], dict[str, Any]]:
+        """Run the program; return what it made, committed, and the metrics that it logged."""
         step, services, identity = self._step, self._services, self._identity
         launcher = services.launcher
-        reason = self._why_not_reused(fingerprint)
-        services.emit(f"Step {step.name!r} runs: {reason}")
         launcher.check_resources(step.name, step.resources)
         environment = launcher.prepare_environment(
-            step.environment, self._resolve_environment(fingerprint), emit=services.emit
+            step.environment, self._resolve_environment(), emit=services.emit
         )
         workplace = locate_workplace(
             step,
@@ -302,6 +322,10 @@ class StepRunner:
             services.stores,
             snapshot=self._plan.snapshots.get(step.id),
             inputs=self._inputs,
+            # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
+            fetched=FetchedData(
+                services.blobs, held, link=self._graph.computes[step.compute].type == "docker"
+            ),
             adopt=launcher.recover(identity.step_run_id, services.handle),
         )
         try:
@@ -312,29 +336,22 @@ class StepRunner:
                 services.stores,
                 step_run_id=identity.step_run_id,
                 cache=services.cache,
+                blobs=services.blobs,
             )
         except (StepFailedError, DataError):
             workplace.remove()
             raise
         # Any other error may leave a program alive that the next try adopts, with these directories.
         workplace.remove()
-        return StepResult(
-            state="ran",
-            reason=reason,
-            seconds=time.monotonic() - started,
-            outputs=outputs,
-            step_run=identity.step_run_id,
-            fingerprint=fingerprint.digest if fingerprint is not None else None,
-            metrics=metrics,
-            made_now=True,
-        )
+        return outputs, metrics
 
-    def _resolve_environment(self, fingerprint: Fingerprint | None) -> ResolvedEnvironment:
+    def _resolve_environment(self) -> ResolvedEnvironment:
         """Return the environment that the plan names, also if a tag has moved since, where that can be had."""
         step, services = self._step, self._services
         resolved = services.launcher.resolve_environment(step.environment)
         planned = self._plan.environments[step.id]
-        if fingerprint is None or resolved.digest == planned:
+        known = self._plan.steps[step.id].miss is not MissReason.NOT_CACHEABLE
+        if not known or resolved.digest == planned:
             return resolved
         description = services.index.get_contents([planned]).get(planned)
         if description is None:

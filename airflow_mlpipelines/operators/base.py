@@ -58,6 +58,12 @@ class StepOperator(BaseOperator):
         """What task groups put before the ids of this pipeline's tasks; may be empty."""
         return self.task_id[: -len(self.step.id)]
 
+    def runner_class(self) -> type[StepRunner]:
+        """Return the class of what carries out the step. Asked when the task executes, not before."""
+        from airflow_mlpipelines.execution.step import StepRunner
+
+        return StepRunner
+
     def execute(self, context: Context) -> dict[str, Any] | None:
         """Return each output's name with its Artifact, in the JSON form; None if the step has no outputs.
 

@@ -18,8 +18,13 @@ from airflow_mlpipelines.definition.graph import ExternalDataSpec, StepOutputRef
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.execution.handles import FileHandle
 from airflow_mlpipelines.execution.identity import TaskIdentity
-from airflow_mlpipelines.execution.step import Services, StepRunner
-from airflow_mlpipelines.operators.connections import metadata_url, open_stores, read_secrets
+from airflow_mlpipelines.execution.step import Services
+from airflow_mlpipelines.operators.connections import (
+    metadata_url,
+    open_blobs,
+    open_stores,
+    read_secrets,
+)
 from airflow_mlpipelines.storage.artifact import Artifact
 from airflow_mlpipelines.storage.stat_cache import StatCache
 
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.compute.base import Emit, HandleStore
     from airflow_mlpipelines.definition.graph import StepSpec
+    from airflow_mlpipelines.execution.step import StepRunner
     from airflow_mlpipelines.operators.base import StepOperator
 
 CACHE_SENSOR_TASK = "cache_sensor"
@@ -65,10 +71,11 @@ def make_runner(operator: StepOperator, context: Context) -> StepRunner:
         launcher=make_launcher(graph.computes[step.compute]),
         handle=_make_handle(operator, context, identity),
         emit=_make_emit(operator),
+        blobs=open_blobs(),
         secrets=read_secrets(step.name, step.secrets),
         cache=StatCache(settings.stat_cache_file()),
     )
-    return StepRunner(
+    return operator.runner_class()(
         step,
         graph,
         identity=identity,

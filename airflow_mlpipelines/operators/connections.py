@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines import settings
+from airflow_mlpipelines.definition.resources import parse_size
 from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.operators.credentials import make_arguments
+from airflow_mlpipelines.storage.blobs import BlobCache
 from airflow_mlpipelines.storage.stores import Store, StoreSet, open_store
 
 if TYPE_CHECKING:
@@ -61,6 +64,20 @@ def open_datastore(spec: DatastoreSpec) -> Store:
     if spec.conn_id is not None:
         credentials = _credentials(spec.name, spec.url, spec.conn_id)
     return open_store(spec.name, spec.url, options=spec.options, credentials=credentials)
+
+
+def open_blobs() -> BlobCache:
+    """Return this machine's cache of data from remote datastores, with the size that is configured.
+
+    Raises:
+        DefinitionError: ``[mlpipelines] blob_cache_size`` is no size.
+    """
+    from airflow.sdk.configuration import conf
+
+    option = settings.BLOB_CACHE_OPTION
+    size = conf.get(settings.CONFIG_SECTION, option, fallback="") or None
+    limit = parse_size(f"[{settings.CONFIG_SECTION}] {option}", size)
+    return BlobCache(settings.blob_cache_directory(), limit=limit)
 
 
 def read_secrets(step: str, secrets: Mapping[str, str]) -> dict[str, str]:
@@ -119,25 +136,11 @@ def _sqlalchemy_url(conn_id: str, connection: Connection) -> str:
 
 
 def _credentials(datastore: str, url: str, conn_id: str) -> dict[str, Any]:
-    """Return the arguments for the fsspec filesystem that a connection stands for.
-
-    ``extra`` holds them by fsspec's own names. For S3, login and password are the key pair, and
-    ``endpoint_url`` and ``region_name`` are understood where Airflow's AWS connection has them.
-    """
+    """Return the arguments for the fsspec filesystem that a connection stands for."""
     connection = _find_connection(conn_id)
     if connection is None:
         raise DataError(
             f"datastore {datastore!r} names the Airflow connection {conn_id!r}, which does not exist. "
             f"Add it with `airflow connections add {conn_id} …`, or correct the workspace file."
         )
-    arguments = dict(connection.extra_dejson)
-    if url.startswith(("s3://", "s3a://")):
-        client = dict(arguments.pop("client_kwargs", {}))
-        for name in ("endpoint_url", "region_name"):
-            if name in arguments:
-                client[name] = arguments.pop(name)
-        if client:
-            arguments["client_kwargs"] = client
-        pair = {"key": connection.login, "secret": connection.password}
-        arguments |= {name: value for name, value in pair.items() if value}
-    return arguments
+    return make_arguments(datastore, url, connection)

@@ -10,6 +10,7 @@ from airflow_mlpipelines.definition.graph import (
     LiteralPart,
     OutputPart,
 )
+from airflow_mlpipelines.definition.transfer import TRANSFER_OPERATOR
 
 if TYPE_CHECKING:
     from airflow_mlpipelines.definition.graph import (
@@ -30,15 +31,17 @@ def describe_step(step: StepSpec, graph: PipelineGraph) -> str:
     version of a DAG that did not change. No secret is in it either, only their names.
     """
     compute = graph.computes[step.compute]
-    rows = [
-        ("type", step.type),
-        ("command", f"`{describe_command(step)}`"),
-        ("compute", f"{compute.name} ({compute.type})"),
-    ]
+    rows = [("type", step.type)]
+    command = describe_command(step)
+    if command:
+        rows.append(("command", f"`{command}`"))
+    rows.append(("compute", f"{compute.name} ({compute.type})"))
     if step.environment is not None:
         rows.append(("environment", _describe_environment(step.environment)))
     rows += [(f"input `{item.name}`", _describe_source(item.source)) for item in step.inputs]
-    rows += [(f"output `{item.name}`", f"on {item.datastore}") for item in step.outputs]
+    place = step.config.get("destination_path") if step.operator == TRANSFER_OPERATOR else None
+    where = f"{place} on" if place else "on"
+    rows += [(f"output `{item.name}`", f"{where} {item.datastore}") for item in step.outputs]
     asked = step.resources.model_dump(exclude_none=True)
     if asked:
         rows.append(("resources", ", ".join(f"{name} {value}" for name, value in asked.items())))

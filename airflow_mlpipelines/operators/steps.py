@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from airflow_mlpipelines.operators.base import StepOperator
+
+if TYPE_CHECKING:
+    from airflow_mlpipelines.execution.step import StepRunner
 
 
 class PythonScriptOperator(StepOperator):
@@ -11,3 +16,13 @@ class PythonScriptOperator(StepOperator):
 
 class CommandOperator(StepOperator):
     """Runs any program. Step types of users' own run as this unless they name another operator."""
+
+
+class DataTransferOperator(StepOperator):
+    """Copies data between datastores, in the task's own process."""
+
+    def runner_class(self) -> type[StepRunner]:
+        """Return what moves data instead of launching a program."""
+        from airflow_mlpipelines.execution.transfer import TransferRunner
+
+        return TransferRunner

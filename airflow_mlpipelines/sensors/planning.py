@@ -9,7 +9,7 @@ from airflow_mlpipelines.caching.decision import Decision
 from airflow_mlpipelines.caching.index import MetadataIndex, StepRunRecord
 from airflow_mlpipelines.definition.graph import REGENERATE_ALL, REGENERATE_OUTPUTS
 from airflow_mlpipelines.execution.planning import plan_run
-from airflow_mlpipelines.operators.connections import metadata_url, open_stores
+from airflow_mlpipelines.operators.connections import metadata_url, open_blobs, open_stores
 from airflow_mlpipelines.storage.stat_cache import StatCache
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def make_plan(graph: PipelineGraph, context: Context, prefix: str) -> RunPlan:
         index=index,
         stores=open_stores(graph),
         cache=StatCache(settings.stat_cache_file()),
+        blobs=open_blobs(),
     )
     ti = context["ti"]
     index.put_plan(ti.dag_id, ti.run_id, ti.task_id, plan.to_dict())

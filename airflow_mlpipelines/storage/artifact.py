@@ -33,6 +33,8 @@ class Artifact:
         kind: A directory, a file, or a Python object written as one file.
         media_type: The format of an object, such as ``application/vnd.apache.parquet``.
         step_run: The id of the step run that made it; None for external data.
+        version: What the store told of it then, ``version:`` and 64 hex digits; None where nobody but its
+            step run writes.
     """
 
     uri: str
@@ -42,6 +44,7 @@ class Artifact:
     kind: ArtifactKind
     media_type: str | None = None
     step_run: str | None = None
+    version: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the tagged JSON form, the one in XCom."""
@@ -57,6 +60,8 @@ class Artifact:
             data["media_type"] = self.media_type
         if self.step_run is not None:
             data["step_run"] = self.step_run
+        if self.version is not None:
+            data["version"] = self.version
         return data
 
     @classmethod
@@ -83,11 +88,10 @@ class Artifact:
             raise DataError("artifact whose size or number of files is no count")
         if kind not in _KINDS:
             raise DataError(f"artifact of an unknown kind; known are {_KINDS}")
-        media_type, step_run = data.get("media_type"), data.get("step_run")
-        for optional in (media_type, step_run):
-            if optional is not None and not isinstance(optional, str):
-                raise DataError("artifact whose media_type or step_run is no string")
-        return cls(uri, digest, size, files, cast("ArtifactKind", kind), media_type, step_run)
+        optional = [data.get(name) for name in ("media_type", "step_run", "version")]
+        if any(value is not None and not isinstance(value, str) for value in optional):
+            raise DataError("artifact whose media_type, step_run or version is no string")
+        return cls(uri, digest, size, files, cast("ArtifactKind", kind), *optional)
 
 
 def is_artifact(value: object) -> bool:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from airflow_mlpipelines._naming import list_options, suggest
+from airflow_mlpipelines._protocols import find_protocol
 from airflow_mlpipelines.exceptions import DataError
 
 if TYPE_CHECKING:
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
     from fsspec.spec import AbstractFileSystem
 
 _FILE_SCHEME = "file://"
-_BUCKET_SCHEMES = ("s3://", "s3a://", "gs://", "gcs://")
-"""Stores whose roots begin with a bucket, which has to be there before anything can be in it."""
+PART_SUFFIX = ".mlp-part"
+"""Ends the name of a file that has not arrived whole yet."""
+_MAKERS_AT_ONCE = 3
+"""Each process that makes the same directories at the same moment may make us fail once."""
 
 
 def check_path(path: str) -> str:
@@ -47,6 +51,7 @@ class Store:
     Attributes:
         name: Its name in the workspace.
         url: Its root, without a trailing slash.
+        protocol: How a store of its kind behaves.
     """
 
     def __init__(
@@ -54,8 +59,11 @@ class Store:
     ) -> None:
         self.name = name
         self.url = url
+        self.protocol = find_protocol(url)
         self._filesystem = filesystem
         self._root = root
+        self._made: set[str] = set()
+        self._making = threading.Lock()
 
     @property
     def is_local(self) -> bool:
@@ -67,6 +75,9 @@ class Store:
         """The fsspec filesystem of a store that is not local."""
         if self._filesystem is None:
             raise DataError(f"datastore {self.name!r} is a directory and has no remote filesystem")
+        if self.protocol.per_thread:  # fsspec keeps one for each thread that asks so
+            known = self._filesystem
+            return type(known)(*known.storage_args, **known.storage_options)
         return self._filesystem
 
     def local_path(self, path: str) -> Path:
@@ -117,7 +128,7 @@ class Store:
 
     def _check_bucket(self) -> None:
         """Raise if the bucket is not there; one that may not be looked at counts as there."""
-        if not self.url.startswith(_BUCKET_SCHEMES):
+        if not self.protocol.buckets:
             return
         bucket = self._root.partition("/")[0]
         try:
@@ -176,8 +187,46 @@ class Store:
         with self.translate_errors(path, "written"):
             if self.is_local:
                 _write_atomically(self.local_path(path), data)
-            else:  # object stores show an object only when it is complete
-                self.filesystem.pipe_file(self.remote_path(path), data)
+            else:
+                with self.publish(path) as place:
+                    self.filesystem.pipe_file(place, data)
+
+    @contextmanager
+    def publish(self, path: str) -> Iterator[str]:
+        """Give the place of a remote store to write a file to, which is then whole at ``path``.
+
+        Object stores show an object only when it is complete. In others it is another place, in a
+        directory that has been made; what was at ``path`` is replaced.
+        """
+        filesystem, target = self.filesystem, self.remote_path(path)
+        if self.protocol.whole_objects:
+            yield target
+            return
+        self._make_directory(str(PurePosixPath(target).parent))
+        place = f"{target}{PART_SUFFIX}"
+        try:
+            yield place
+            if filesystem.exists(target):
+                filesystem.rm_file(target)
+            filesystem.mv(place, target)
+        except BaseException:
+            with suppress(Exception):  # the error that brought us here is the one to tell
+                filesystem.rm_file(place)
+            raise
+
+    def _make_directory(self, directory: str) -> None:
+        """Make a directory and those above it, once for all who write into it."""
+        with self._making:
+            if directory in self._made:
+                return
+            for _ in range(_MAKERS_AT_ONCE):
+                with suppress(Exception):  # whatever the driver says where another was quicker
+                    self.filesystem.makedirs(directory, exist_ok=True)
+                if self.filesystem.isdir(directory):
+                    break
+            else:
+                self.filesystem.makedirs(directory, exist_ok=True)
+            self._made.add(directory)
 
     def delete(self, path: str) -> None:
         """Delete the file or directory at ``path``; nothing happens if there is none."""
@@ -190,6 +239,7 @@ class Store:
         elif self.exists(path):
             with self.translate_errors(path, "deleted"):
                 self.filesystem.rm(self.remote_path(path), recursive=True)
+            self._made.clear()
 
     def __repr__(self) -> str:
         return f"Store({self.name!r}, {self.url!r})"
@@ -245,12 +295,22 @@ def open_store(
     from fsspec.core import url_to_fs
     from fsspec.dircache import DirCache
 
+    protocol = find_protocol(url)
     try:
         filesystem, root = url_to_fs(url, **{**(options or {}), **(credentials or {})})
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        hint = "Install its fsspec driver."
+        if protocol.extra is not None:
+            hint = f"Install the extra 'airflow-mlpipelines[{protocol.extra}]'."
         raise DataError(
-            f"datastore {name!r}: {url!r} can't be opened: {error}. For S3, install the extra "
-            "'airflow-mlpipelines[s3]'; other stores need their fsspec driver."
+            f"datastore {name!r}: {url!r} needs the driver of {protocol.name}, which is not installed "
+            f"({error}). {hint}"
+        ) from error
+    except Exception as error:
+        # Some drivers connect at once, and raise what their client libraries have.
+        raise DataError(
+            f"datastore {name!r}: {url!r} can't be opened: {str(error) or type(error).__name__}. Check its url, "
+            "its options and its Airflow connection."
         ) from error
     listings = getattr(filesystem, "dircache", None)
     if isinstance(listings, DirCache):

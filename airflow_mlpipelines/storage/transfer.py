@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from airflow_mlpipelines._digest import digest as digest_value
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.storage.artifact import Artifact
+from airflow_mlpipelines.storage.listing import (
+    VERSION_PREFIX,
+    RemoteFile,
+    digest_versions,
+    list_remote,
+    name_version,
+)
+from airflow_mlpipelines.storage.placing import place as place_blob
 from airflow_mlpipelines.storage.trees import digest_tree, walk_tree
 
 if TYPE_CHECKING:
@@ -22,19 +31,6 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.storage.stores import Store, StoreSet
 
 _TRANSFERS = 8
-_VERSION_PREFIX = "version:"
-_VERSION_FIELDS = ("etag", "ETag", "generation", "VersionId", "version_id", "checksum")
-_TIME_FIELDS = ("LastModified", "last_modified", "mtime", "updated", "created")
-
-
-@dataclass(frozen=True)
-class _RemoteFile:
-    """A file of a remote store: its path below the listed place, its size and its version."""
-
-    path: str
-    size: int
-    version: str | None
-
 
 # ---- external data -----------------------------------------------------------------------------
 
@@ -64,10 +60,10 @@ def pin_external(
         return None
     if store.is_local:
         return _pin_local(store, path, how, cache)
-    files, kind = _list_remote(store, path)
+    files, kind = list_remote(store, path)
     size = sum(file.size for file in files)
     if how == "version":
-        digest = _digest_versions(store, path, files)
+        digest = digest_versions(store, path, files)
     else:
         digest = _digest_remote(store, path, files, kind, blobs)
     return Artifact(store.uri(path), digest, size, len(files), kind)
@@ -91,46 +87,36 @@ def _pin_local(
             for entry in walk_tree(os.fsencode(target))
             if entry.kind != b"d"
         }
-    digest = f"{_VERSION_PREFIX}{digest_value('data-version-v1', seen)}"
+    digest = f"{VERSION_PREFIX}{digest_value('data-version-v1', seen)}"
     return Artifact(
         store.uri(path), digest, sum(size for size, _ in seen.values()), len(seen), kind
     )
 
 
-def _digest_versions(store: Store, path: str, files: list[_RemoteFile]) -> str:
-    versions = {file.path: _version_of(store, path, file) for file in files}
-    return f"{_VERSION_PREFIX}{digest_value('data-version-v1', versions)}"
-
-
-def _version_of(store: Store, path: str, file: _RemoteFile) -> str:
-    if file.version is None:
-        raise DataError(
-            f"{store.uri(path)}: the store tells neither etag, generation nor modification time of "
-            f"{file.path or path!r}. Pin this data by content: DataReference(..., pin='content')."
-        )
-    return f"{file.version}:{file.size}"
-
-
 def _digest_remote(
     store: Store,
     path: str,
-    files: list[_RemoteFile],
+    files: list[RemoteFile],
     kind: Literal["dir", "file"],
     blobs: BlobCache | None,
 ) -> str:
-    """Return the content's digest, read once per version that the store tells."""
-    import tempfile
+    """Return the content's digest, read once per version where the store tells versions."""
 
-    with tempfile.TemporaryDirectory(prefix="mlpipelines-pin-") as room:
-        target = Path(room, "data")
-        _download(store, path, files, kind, target)
-        digest = digest_tree(target).digest
-        if blobs is not None:
+    def download(made: Path) -> None:
+        _download(store, path, files, kind, made)
 
-            def move(made: Path) -> None:
-                shutil.move(target, made)
-
-            blobs.get(digest, move)
+    if blobs is None:
+        with tempfile.TemporaryDirectory(prefix="mlpipelines-pin-") as room:
+            download(Path(room, "data"))
+            return digest_tree(Path(room, "data")).digest
+    version = name_version(store, path, files)
+    known = blobs.content_of(version) if version is not None else None
+    if known is not None:
+        return known
+    digest = blobs.add(sum(file.size for file in files), download)
+    # What changed while it was read has the one version before, and the other bytes after.
+    if version is not None and name_version(store, path, list_remote(store, path)[0]) == version:
+        blobs.note_content(version, digest)
     return digest
 
 
@@ -145,6 +131,7 @@ def commit_output(
     step_run: str,
     expect_directory: bool | None = None,
     cache: StatCache | None = None,
+    blobs: BlobCache | None = None,
 ) -> Artifact:
     """Return the artifact of an output that its step has made, once it is where it stays.
 
@@ -155,6 +142,8 @@ def commit_output(
         step_run: The id of the step run.
         expect_directory: Whether it has to be a directory or a file; None takes either.
         cache: Digests of local files that were read before.
+        blobs: Where what was sent to a remote store is kept, so that the steps that read it on this
+            machine need not fetch it. The source is gone then.
 
     Raises:
         DataError: It was not made, is of the wrong kind, or did not arrive as it was.
@@ -170,6 +159,8 @@ def commit_output(
         raise DataError(f"is {made}, but was declared as {wanted}.")
     if not store.is_local:
         _upload(store, path, source, tree.size)
+        if blobs is not None:
+            blobs.adopt(tree.digest, tree.size, source)
     elif store.local_path(path) != source:
         _put_in_place(source, store.local_path(path))
     return Artifact(store.uri(path), tree.digest, tree.size, tree.files, tree.kind, None, step_run)
@@ -185,14 +176,14 @@ def _put_in_place(source: Path, target: Path) -> None:
 
 def _upload(store: Store, path: str, source: Path, size: int) -> None:
     pairs = [(source, "")] if source.is_file() else _pair_members(source)
-    filesystem = store.filesystem
 
     def put(pair: tuple[Path, str]) -> None:
-        filesystem.put_file(str(pair[0]), store.remote_path(_join(path, pair[1])))
+        with store.publish(_join(path, pair[1])) as place:
+            store.filesystem.put_file(str(pair[0]), place)
 
     with store.translate_errors(path, "written"), ThreadPoolExecutor(_TRANSFERS) as pool:
         list(pool.map(put, pairs))
-    files, _ = _list_remote(store, path)
+    files, _ = list_remote(store, path)
     arrived = {file.path for file in files}
     lost = sorted(name for _, name in pairs if name not in arrived)
     if lost or len(arrived) != len(pairs) or sum(file.size for file in files) != size:
@@ -246,11 +237,28 @@ def _pair_members(source: Path) -> list[tuple[Path, str]]:
 # ---- inputs ------------------------------------------------------------------------------------
 
 
-def fetch(artifact: Artifact, stores: StoreSet, *, blobs: BlobCache, target: Path) -> Path:
+def fetch(
+    artifact: Artifact,
+    stores: StoreSet,
+    *,
+    blobs: BlobCache,
+    target: Path,
+    link: bool = False,
+    held: ExitStack | None = None,
+) -> Path:
     """Return where on this machine the artifact's data are.
 
-    Data on a file store are used where they are. Others come through the blob cache to ``target``; what
-    is there already is left as it is, since a program of an earlier try may be reading it.
+    Data on a file store are used where they are. Others come through the blob cache to ``target``, as files
+    that are read-only and none of the cache's own; what is there already is left as it is, since a program
+    of an earlier try may be reading it.
+
+    Args:
+        artifact: What is wanted.
+        stores: The registered datastores.
+        blobs: Data that were fetched before.
+        target: Where to put what has to be fetched.
+        link: Whether hard links will do: whoever gets ``target`` can't write to its file system.
+        held: Keeps what is used in the blob cache until it is closed.
 
     Raises:
         DataError: The data are gone, are other than the artifact says, or lie in no registered
@@ -264,23 +272,28 @@ def fetch(artifact: Artifact, stores: StoreSet, *, blobs: BlobCache, target: Pat
         return place
     if os.path.lexists(target):
         return target
-    if not store.exists(path):
-        raise DataError(f"{artifact.uri} is gone. Run the step that makes it once more.")
-    files, kind = _list_remote(store, path)
-    if artifact.digest.startswith(_VERSION_PREFIX):
-        _check_version(artifact, store, path, files)
-    blob = blobs.get(artifact.digest, lambda made: _download(store, path, files, kind, made))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if blob.is_dir():
-        shutil.copytree(blob, target, symlinks=True)
-    else:
-        shutil.copy2(blob, target)
+
+    def look_up() -> tuple[list[RemoteFile], Literal["dir", "file"]]:
+        files, kind = list_remote(store, path)
+        if not files and not store.exists(path):
+            raise DataError(f"{artifact.uri} is gone. Run the step that makes it once more.")
+        return files, kind
+
+    def download(made: Path) -> None:
+        _download(store, path, *look_up(), made)
+
+    if artifact.digest.startswith(VERSION_PREFIX):
+        _check_version(artifact, store, path, look_up()[0])
+
+    with ExitStack() as own:
+        use = blobs.use(artifact.digest, artifact.size, download)
+        place_blob((held or own).enter_context(use), target, link=link)
     return target
 
 
-def _check_version(artifact: Artifact, store: Store, path: str, files: list[_RemoteFile]) -> None:
+def _check_version(artifact: Artifact, store: Store, path: str, files: list[RemoteFile]) -> None:
     """Raise if the store tells another version than when the data were pinned."""
-    if _digest_versions(store, path, files) != artifact.digest:
+    if digest_versions(store, path, files) != artifact.digest:
         raise DataError(
             f"{artifact.uri} was changed after this run had looked it up. Start a new run, which takes "
             "it as it is now."
@@ -288,14 +301,12 @@ def _check_version(artifact: Artifact, store: Store, path: str, files: list[_Rem
 
 
 def _download(
-    store: Store, path: str, files: list[_RemoteFile], kind: Literal["dir", "file"], target: Path
+    store: Store, path: str, files: list[RemoteFile], kind: Literal["dir", "file"], target: Path
 ) -> None:
-    filesystem = store.filesystem
-
-    def get(file: _RemoteFile) -> None:
+    def get(file: RemoteFile) -> None:
         local = target / file.path if kind == "dir" else target
         local.parent.mkdir(parents=True, exist_ok=True)
-        filesystem.get_file(store.remote_path(_join(path, file.path)), str(local))
+        store.filesystem.get_file(store.remote_path(_join(path, file.path)), str(local))
 
     if kind == "dir":
         target.mkdir(parents=True, exist_ok=True)
@@ -342,7 +353,7 @@ def _why_missing(artifact: Artifact, stores: StoreSet) -> str | None:
         if store.is_local:
             found = _measure_local(store.local_path(path))
         else:
-            files, _ = _list_remote(store, path)
+            files, _ = list_remote(store, path)
             found = (sum(file.size for file in files), len(files)) if files else None
     except DataError as error:
         return str(error)
@@ -353,6 +364,10 @@ def _why_missing(artifact: Artifact, stores: StoreSet) -> str | None:
             f"{artifact.uri} has {found[0]} bytes in {found[1]} files, not {artifact.size} in "
             f"{artifact.files}"
         )
+    if artifact.version is not None:
+        now = pin_external(store, path, how="version")
+        if now is None or now.digest != artifact.version:
+            return f"{artifact.uri} was written to since"
     return None
 
 
@@ -366,31 +381,3 @@ def _measure_local(path: Path) -> tuple[int, int] | None:
         return status.st_size, 1
     entries = [entry for entry in walk_tree(os.fsencode(path)) if entry.kind != b"d"]
     return sum(entry.stat.st_size for entry in entries if entry.kind == b"f"), len(entries)
-
-
-def _list_remote(store: Store, path: str) -> tuple[list[_RemoteFile], Literal["dir", "file"]]:
-    """Return the files at and below a path of a remote store, sorted; none if nothing is there."""
-    filesystem, root = store.filesystem, store.remote_path(path)
-    with store.translate_errors(path, "looked up"):
-        try:
-            info: dict[str, Any] = filesystem.info(root)
-            if info["type"] == "file":
-                return [_RemoteFile("", int(info["size"]), _find_version(info))], "file"
-            found = filesystem.find(root, detail=True)
-        except FileNotFoundError:
-            return [], "file"
-    base = filesystem._strip_protocol(root).rstrip("/")  # noqa: SLF001 - fsspec's own way to a name
-    files = [
-        _RemoteFile(str(name)[len(base) :].lstrip("/"), int(item["size"]), _find_version(item))
-        for name, item in found.items()
-        # A name with a slash at its end stands for a folder; consoles make such empty objects.
-        if item["type"] == "file" and not str(name).endswith("/")
-    ]
-    return sorted(files, key=lambda file: file.path), "dir"
-
-
-def _find_version(info: dict[str, Any]) -> str | None:
-    for name in (*_VERSION_FIELDS, *_TIME_FIELDS):
-        if info.get(name):
-            return f"{name}={info[name]}"
-    return None

@@ -26,7 +26,7 @@ from airflow_mlpipelines._digest import DIGEST_PREFIX
 from airflow_mlpipelines.exceptions import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from airflow_mlpipelines.storage.stat_cache import StatCache
@@ -92,8 +92,6 @@ def digest_tree(
 
 
 def _digest_directory(root: bytes, cache: StatCache | None, workers: int | None) -> TreeDigest:
-    from blake3 import blake3
-
     top = os.path.join(root, b"")
     found: list[tuple[bytes, bytes, bytes]] = []  # path, kind, content: what the digest is made of
     unread: list[tuple[bytes, os.stat_result]] = []
@@ -124,12 +122,22 @@ def _digest_directory(root: bytes, cache: StatCache | None, workers: int | None)
                     for (path, status), digest in zip(unread, digests, strict=True)
                 ]
             )
-    found.sort()
+    return TreeDigest(combine_members(found), size, files, "dir")
+
+
+def combine_members(members: Iterable[tuple[bytes, bytes, bytes]]) -> str:
+    """Return the digest of a directory from what is known of all its members, in any order.
+
+    Args:
+        members: Each one's path in raw bytes; its kind, ``f``, ``d`` or ``l``; and its content: the 32
+            bytes of a file's digest, the text of a link, nothing for a directory.
+    """
+    from blake3 import blake3
+
     parts = [b"tree-v1\0"]
-    for path, kind, content in found:
+    for path, kind, content in sorted(members):
         parts += (kind, _LENGTH(len(path)), path, _LENGTH(len(content)), content)
-    digest = blake3(b"".join(parts)).hexdigest()
-    return TreeDigest(f"{DIGEST_PREFIX}{digest}", size, files, "dir")
+    return f"{DIGEST_PREFIX}{blake3(b''.join(parts)).hexdigest()}"
 
 
 def walk_tree(root: bytes) -> Iterator[TreeEntry]:

@@ -162,7 +162,7 @@ def make_all_steps() -> None:
     from airflow_mlpipelines.execution.identity import TaskIdentity
     from airflow_mlpipelines.execution.planning import plan_run
     from airflow_mlpipelines.execution.step import Services, StepRunner
-    from airflow_mlpipelines.operators.connections import metadata_url, open_stores
+    from airflow_mlpipelines.operators.connections import metadata_url, open_blobs, open_stores
 
     graph = load_pipeline(Path(sys.argv[2]), "reuse").graph
     index, stores = MetadataIndex(metadata_url()), open_stores(graph)
@@ -183,6 +183,7 @@ def make_all_steps() -> None:
                 launcher=LocalLauncher(compute),
                 handle=FileHandle(Path(sys.argv[2]).with_name(f"{step.id}.json")),
                 emit=lambda _: None,
+                blobs=open_blobs(),
             ),
         )
         made[step.id] = runner.run().outputs

@@ -8,6 +8,7 @@ import os
 import traceback
 import unicodedata
 import urllib.request
+from collections import Counter
 
 import pytest
 
@@ -42,10 +43,11 @@ _numbers = itertools.count()
 class Server:
     """An S3 server with one user, whose key alone may read and write."""
 
-    def __init__(self, url):
+    def __init__(self, url, requests):
         import boto3
 
         self.url = url
+        self.requests = requests
         common = {"endpoint_url": url, "region_name": REGION}
         iam = boto3.client("iam", aws_access_key_id="root", aws_secret_access_key="root", **common)
         iam.create_user(UserName="worker")
@@ -69,6 +71,11 @@ class Server:
         )
         urllib.request.urlopen(request).close()
 
+    def forget(self):
+        """Forget users and buckets, which the next server of this process would still have."""
+        request = urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")
+        urllib.request.urlopen(request).close()
+
     def credentials(self, **changes):
         """Return the arguments for the filesystem, as an Airflow connection becomes them."""
         client = {"endpoint_url": self.url, "region_name": REGION}
@@ -89,12 +96,26 @@ def server():
     running.start()
     try:
         host, port = running.get_host_and_port()
-        server = Server(f"http://{host}:{port}")
+        requests = count_requests(running._server)
+        server = Server(f"http://{host}:{port}", requests)
         server.check_signatures(after="0")
         yield server
         server.check_signatures(after="inf")
+        server.forget()
     finally:
         running.stop()
+
+
+def count_requests(http_server):
+    """Return a counter of what the HTTP server is asked, by method and path."""
+    counter, answer = Counter(), http_server.app
+
+    def app(environ, start_response):
+        counter[environ["REQUEST_METHOD"], environ["PATH_INFO"]] += 1
+        return answer(environ, start_response)
+
+    http_server.app = app
+    return counter
 
 
 class Bucket:
@@ -102,6 +123,7 @@ class Bucket:
 
     def __init__(self, server):
         self.name = f"bucket-{next(_numbers)}"
+        self._requests = server.requests
         self._client = server.client
         self._client.create_bucket(
             Bucket=self.name, CreateBucketConfiguration={"LocationConstraint": REGION}
@@ -119,6 +141,15 @@ class Bucket:
 
     def delete(self, key):
         self._client.delete_object(Bucket=self.name, Key=key)
+
+    def reads(self):
+        """Return how often each object was read."""
+        start = f"/{self.name}/"
+        return {
+            path.removeprefix(start): number
+            for (method, path), number in self._requests.items()
+            if method == "GET" and path.startswith(start) and path != start
+        }
 
     def keep_versions(self):
         self._client.put_bucket_versioning(
@@ -273,6 +304,48 @@ def test_inputs_at_hand_are_left_to_the_program_of_an_earlier_try(stores, made, 
     place = fetch(artifact, stores, blobs=blobs, target=tmp_path / "t")
 
     assert (place / "notes.txt").exists()
+
+
+# ---- fetched once on a machine -------------------------------------------------------------------
+
+
+def test_the_second_step_on_a_machine_fetches_nothing_and_can_damage_nothing(
+    stores, bucket, made, blobs, server, tmp_path
+):
+    artifact = commit_output(stores.default, "run/out", made, step_run="r")
+    first = fetch(artifact, stores, blobs=blobs, target=tmp_path / "t1")
+    assert bucket.reads() == {"team/run/out/a.txt": 1, "team/run/out/sub/b.txt": 1}
+    before = server.requests.copy()
+
+    (first / "a.txt").chmod(0o644)
+    (first / "a.txt").write_text("damaged")
+    second = fetch(artifact, stores, blobs=blobs, target=tmp_path / "t2")
+
+    assert server.requests == before
+    assert digest_tree(second).digest == artifact.digest
+
+
+def test_what_a_step_has_sent_is_not_fetched_on_its_machine(stores, bucket, made, blobs, tmp_path):
+    artifact = commit_output(stores.default, "run/out", made, step_run="r", blobs=blobs)
+
+    place = fetch(artifact, stores, blobs=blobs, target=tmp_path / "t")
+
+    assert digest_tree(place).digest == artifact.digest
+    assert bucket.reads() == {}
+
+
+def test_data_that_a_plan_has_read_are_not_read_again_until_they_change(
+    store, stores, bucket, blobs, tmp_path
+):
+    bucket.put("team/raw/a.csv", b"1")
+    pinned = pin_external(store, "raw", blobs=blobs)
+    fetch(pinned, stores, blobs=blobs, target=tmp_path / "t")
+    assert pin_external(store, "raw", blobs=blobs) == pinned
+    assert bucket.reads() == {"team/raw/a.csv": 1}
+
+    bucket.put("team/raw/a.csv", b"2")
+    assert pin_external(store, "raw", blobs=blobs).digest != pinned.digest
+    assert bucket.reads() == {"team/raw/a.csv": 2}
 
 
 # ---- external data -------------------------------------------------------------------------------
@@ -467,6 +540,8 @@ def test_a_pipeline_whose_datastore_is_a_bucket_runs_and_then_reuses(
     first = run()
     assert first.state == "success"
     assert first.ran == {"upper", "sort"}
+    read = {key: number for key, number in bucket.reads().items() if "snapshots" not in key}
+    assert read == {"team/raw/words.txt": 1}  # to plan; the steps' data never leave this machine
     table = first.outputs["sort"]["table"]
     key = table["uri"].removeprefix(f"s3://{bucket.name}/") + "/sorted.txt"
     assert bucket.get(key).decode().split() == ["AUS", "DEM", "EIMER", "GRüßE"]
@@ -483,3 +558,40 @@ def test_a_pipeline_whose_datastore_is_a_bucket_runs_and_then_reuses(
 
     bucket.put("team/raw/words.txt", "Grüße aus dem Meer.\n".encode())
     assert run().ran == {"upper", "sort"}
+
+
+@pytest.mark.airflow
+@pytest.mark.usefixtures("airflow_db")
+def test_a_step_that_writes_to_its_download_changes_it_for_nobody_else(
+    server, bucket, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("AIRFLOW_CONN_LAKE", make_connection(server))
+    (tmp_path / "mlpipelines.yaml").write_text(
+        f"name: clouds\ndatastores:\n  lake: {{url: 's3://{bucket.name}/team', conn_id: lake}}\n"
+    )
+    workspace = Workspace.from_config(tmp_path)
+    bucket.put("team/raw/words.txt", b"one\n")
+    raw = workspace.default_datastore.path("raw")
+    mine, seen = PipelineData("mine"), PipelineData("seen")
+    append = CommandStep(
+        [
+            "sh",
+            "-c",
+            f"(stat -c %a {raw}/words.txt; echo two >> {raw}/words.txt; cat {raw}/words.txt) > {mine}",
+        ],
+        name="append",
+        inputs=[raw.as_download()],
+        outputs=[mine],
+    )
+    look = CommandStep(
+        ["sh", "-c", f"(stat -c %a {raw}/words.txt; cat {raw}/words.txt {mine}) > {seen}"],
+        name="look",
+        inputs=[raw, mine],
+        outputs=[seen],
+    )
+
+    done = run_dag(Pipeline(workspace, [append, look], name="download_pipeline").to_dag())
+
+    assert done.state == "success"
+    key = done.outputs["look"]["seen"]["uri"].removeprefix(f"s3://{bucket.name}/")
+    assert bucket.get(key) == b"444\none\n644\none\ntwo\n"

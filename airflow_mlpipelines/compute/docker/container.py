@@ -10,7 +10,19 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.compute.base import ProcessPaths
+from airflow_mlpipelines.compute.container_layout import (
+    CODE,
+    HOME,
+    HOME_VARIABLES,
+    LABEL_PREFIX,
+    OUTPUTS,
+    ROOT,
+    RUN,
+    RUNTIME,
+    STEP_RUN_LABEL,
+    choose_shm_size,
+    input_target,
+)
 from airflow_mlpipelines.compute.docker.gpus import chosen_gpus, device_requests
 
 if TYPE_CHECKING:
@@ -22,18 +34,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.compute.base import Stage, StepLaunch
     from airflow_mlpipelines.definition.graph import DockerComputeSpec
 
-LABEL_PREFIX = "airflow-mlpipelines."
-STEP_RUN_LABEL = f"{LABEL_PREFIX}step_run"
-ROOT = "/mlp"
-CODE = f"{ROOT}/code"
-HOME = f"{ROOT}/home"
-OUTPUTS = f"{ROOT}/outputs"
-INPUTS = f"{ROOT}/inputs"
-RUN = f"{ROOT}/run"
-RUNTIME = f"{ROOT}/runtime"
 SECRETS = f"{ROOT}/secrets/environment"
-PYTHON = "python3"
-"""Not ``python``: the images of many distributions lack it, and whoever has it has this one too."""
 SHELL = "/bin/sh"
 _READ_SECRETS = '. "$1"; rm -f "$1" 2>/dev/null; shift; exec "$@"'
 _NANO = 1_000_000_000
@@ -82,26 +83,6 @@ class ContainerSpec:
     extra_hosts: Mapping[str, str] = field(default_factory=dict)
 
 
-def container_paths(stage: Stage, python: str | None) -> ProcessPaths:
-    """Return where a container finds the places of ``stage``.
-
-    A file keeps its own name, below a directory named as the input: programs go by suffixes
-    such as ``.csv.gz``. A directory is mounted under the name of its input.
-    """
-    outputs = {
-        name: posixpath.join(OUTPUTS, path.relative_to(stage.outputs_root).as_posix())
-        for name, path in stage.outputs.items()
-    }
-    return ProcessPaths(
-        code=CODE,
-        runtime=RUNTIME,
-        run=RUN,
-        inputs={name: _input_target(name, path) for name, path in stage.inputs.items()},
-        outputs=outputs,
-        python=python or PYTHON,
-    )
-
-
 def plan_container(
     launch: StepLaunch, compute: DockerComputeSpec, *, image_name: str, user: str
 ) -> ContainerSpec:
@@ -110,11 +91,7 @@ def plan_container(
     stage = launch.stage
     memory = wanted.memory if wanted.memory is not None else compute.memory
     gpus = wanted.gpus or 0
-    shm_size = wanted.shm_size if wanted.shm_size is not None else compute.shm_size
-    if shm_size is None and gpus and memory is not None:
-        shm_size = (
-            memory // 2
-        )  # data loaders pass batches through it; Docker's 64 MB end in a bus error
+    shm_size = choose_shm_size(wanted, default=compute.shm_size, gpus=gpus, memory=memory)
     mounts = [
         BindMount(str(stage.code), CODE),
         BindMount(str(stage.run), RUN),
@@ -122,14 +99,13 @@ def plan_container(
         BindMount(str(stage.runtime), RUNTIME, read_only=True),
     ]
     mounts += [
-        BindMount(str(path), _input_target(name, path), read_only=True)
+        BindMount(str(path), input_target(name, path), read_only=True)
         for name, path in stage.inputs.items()
     ]
     env = dict(launch.env)
     if needs_home(user) and "HOME" not in env:
-        # A number that the image's passwd file does not know has neither a home nor a name.
         mounts.append(BindMount(str(home_directory(stage)), HOME))
-        env = {"HOME": HOME, "USER": "mlp", "LOGNAME": "mlp", **env}
+        env = {**HOME_VARIABLES, **env}
     labels = {f"{LABEL_PREFIX}{name}": value for name, value in launch.labels.items()}
     return ContainerSpec(
         name=launch.step_run_id,
@@ -201,11 +177,6 @@ def secrets_archive(secrets: Mapping[str, str], uid: int) -> bytes:
         file.mode, file.uid, file.size = 0o400, uid, len(content)
         archive.addfile(file, io.BytesIO(content))
     return buffer.getvalue()
-
-
-def _input_target(name: str, path: Path) -> str:
-    target = posixpath.join(INPUTS, name)
-    return target if path.is_dir() else posixpath.join(target, path.name)
 
 
 @cache

@@ -89,7 +89,7 @@ def end_failure(
     elif code in (COMMAND_NOT_FOUND, COMMAND_NOT_EXECUTABLE):
         message, retryable = f"exit code {code}: {_no_program(spec, log_tail)}", False
     else:
-        message, retryable = f"exit code {code}{_signal_name(code)}", True
+        message, retryable = f"exit code {code}{signal_name(code)}", True
     return StepFailedError(step, message, exit_code=code, log_tail=log_tail, retryable=retryable)
 
 
@@ -133,7 +133,8 @@ def _out_of_memory(spec: ContainerSpec) -> str:
     )
 
 
-def _signal_name(code: int) -> str:
+def signal_name(code: int) -> str:
+    """Return `` (killed by SIGSEGV)`` for an exit code that tells of a signal, else an empty string."""
     if not _SIGNAL_BASE < code < 2 * _SIGNAL_BASE:
         return ""
     try:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlpipelines.compute.base import name_environment
 from airflow_mlpipelines.compute.docker.daemon import connect, unreachable
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, EnvironmentBuildError
 
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
     from docker import APIClient
 
     from airflow_mlpipelines.compute.base import Emit
-    from airflow_mlpipelines.definition.graph import DockerComputeSpec, EnvironmentSpec
+    from airflow_mlpipelines.definition.graph import (
+        DockerComputeSpec,
+        EnvironmentSpec,
+        KubernetesComputeSpec,
+    )
 
 _BY_DIGEST = re.compile(r"^(?:.+@)?(sha256:[0-9a-f]{64})$")
 _DENIED = re.compile(r"denied|unauthorized|authentication required|no basic auth|forbidden", re.I)
@@ -43,12 +48,20 @@ class ImageIdentity:
     problem: str | None = None
 
 
-def image_name(environment: EnvironmentSpec | None, compute: DockerComputeSpec) -> str:
+def image_name(
+    environment: EnvironmentSpec | None, compute: DockerComputeSpec | KubernetesComputeSpec
+) -> str:
     """Return the name of the image that a step of this environment runs on.
 
     Raises:
-        EnvironmentBuildError: Nobody names one.
+        EnvironmentBuildError: Nobody names one, or it would have to be built, which the caller can't.
     """
+    if environment is not None and environment.needs_build:
+        raise EnvironmentBuildError(
+            f"{name_environment(environment)} asks for packages or has a Dockerfile, but images are not built for "
+            f"compute {compute.name!r} ({compute.type}). Build one with them beforehand (on a Docker compute, "
+            "`mlpipelines environment build` does), and name it as image=."
+        )
     name = (environment.image if environment is not None else None) or compute.image
     if name is None:
         raise EnvironmentBuildError(

@@ -12,9 +12,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import Launcher, ResolvedEnvironment, digest_variables
+from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL, container_paths
 from airflow_mlpipelines.compute.docker.container import (
-    STEP_RUN_LABEL,
-    container_paths,
     home_directory,
     make_container,
     plan_container,

@@ -8,11 +8,10 @@ is left out.
 from __future__ import annotations
 
 import struct
-from collections import Counter
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from airflow_mlpipelines.compute.log_lines import LineFolder
+from airflow_mlpipelines.compute.log_position import LogEntry, LogPosition
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,21 +25,10 @@ _HEADER = struct.Struct(
 )  # the stream (1: stdout, 2: stderr) and the length of what follows
 _CONNECT_SECONDS = 10.0
 _SILENCE_SECONDS = 10.0
-_KEPT_SECONDS = 2
-_SECOND = len("2026-01-31T12:34:56")
-_CLOCK_STEP_SECONDS = 60
 
 
 class LogConnectionError(Exception):
     """The connection that a log was read from broke, or nothing came for ten seconds."""
-
-
-class LogEntry(NamedTuple):
-    """What the daemon keeps of one write: a line, or a piece of 16 KiB of a longer one."""
-
-    time: str
-    stream: int
-    data: bytes
 
 
 class _Readable(Protocol):
@@ -59,48 +47,6 @@ def read_entries(raw: _Readable) -> Iterator[LogEntry]:
             return
         time, _, data = payload.partition(b" ")
         yield LogEntry(time.decode("ascii", "replace"), stream, data)
-
-
-class LogPosition:
-    """How far a log was read, exact to the entry.
-
-    Times alone are not enough: the pieces of a long line share one, and entries of stdout and stderr
-    may lie in the log in the wrong order. So the entries of the last two seconds are counted.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[str, Counter[tuple[str, int]]] = {}
-        self._skip: Counter[tuple[str, int]] = Counter()
-
-    def reopen(self) -> int | None:
-        """Return since when (in seconds of the epoch) to read anew, or None for the beginning."""
-        self._skip = sum(self._seen.values(), Counter())
-        return int(_epoch(min(self._seen))) if self._seen else None
-
-    def is_new(self, entry: LogEntry) -> bool:
-        """Return whether ``entry`` was not read before, and count it as read."""
-        key = (entry.time, entry.stream)
-        if self._skip[key] > 0:
-            self._skip[key] -= 1
-            return False
-        second = entry.time[:_SECOND]
-        if second not in self._seen and not self._make_room(second):
-            return True
-        self._seen.setdefault(second, Counter())[key] += 1
-        return True
-
-    def _make_room(self, second: str) -> bool:
-        """Forget the oldest second for a newer one; return False if ``second`` itself is older."""
-        if len(self._seen) < _KEPT_SECONDS:
-            return True
-        oldest = min(self._seen)
-        if second > oldest:
-            del self._seen[oldest]
-            return True
-        if _epoch(oldest) - _epoch(second) < _CLOCK_STEP_SECONDS:
-            return False
-        self._seen.clear()  # the clock was set back; a line twice is better than lines missing
-        return True
 
 
 class LogFollower:
@@ -153,7 +99,3 @@ class LogFollower:
                 yield from read_entries(response.raw)
         except (OSError, HTTPError) as error:  # requests' errors are OSErrors
             raise LogConnectionError(str(error)) from error
-
-
-def _epoch(second: str) -> float:
-    return datetime.fromisoformat(second).replace(tzinfo=UTC).timestamp()

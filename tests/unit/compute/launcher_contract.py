@@ -2,7 +2,8 @@
 
 A launcher passes it by a subclass with :meth:`LauncherContract.make_launcher`, in a test module of its
 own. Nothing in here knows where the program runs: it looks only at what lies in the step's directories,
-which every launcher shares with the program.
+which every launcher shares with the program, or brings from it. What the tests tell a running program, and
+how they see that it is dead, is up to the :class:`Workbench`.
 """
 
 from __future__ import annotations
@@ -203,6 +204,10 @@ class Workbench:
         """Return a file of the run directory."""
         return self.stage.run / name
 
+    def touch(self, name: str) -> None:
+        """Make an empty file in the run directory, where the program sees it."""
+        self.path(name).touch()
+
     def read(self, name: str) -> Any:
         """Return what a program has left in the run directory as JSON."""
         return json.loads(self.path(name).read_text(encoding="utf-8"))
@@ -273,11 +278,15 @@ class LauncherContract(ABC):
         """Return an id that no other test uses."""
         return f"mlp-test-{os.getpid()}-{abs(hash(tmp_path)) % 10**8}"
 
-    @pytest.fixture
-    def bench(self, tmp_path: Path) -> Workbench:
+    def make_bench(self, tmp_path: Path) -> Workbench:
+        """Return the directories of a step run and a launcher for it."""
         return Workbench(
             tmp_path, self.make_launcher, self.environment, self.make_step_run_id(tmp_path)
         )
+
+    @pytest.fixture
+    def bench(self, tmp_path: Path) -> Workbench:
+        return self.make_bench(tmp_path)
 
     # ---- its end ---------------------------------------------------------------------------
 
@@ -375,9 +384,7 @@ class LauncherContract(ABC):
         folder.mkdir(parents=True)
         file.write_text("a,b")
         (folder / "1.txt").write_text("one")
-        bench = Workbench(
-            tmp_path, self.make_launcher, self.environment, self.make_step_run_id(tmp_path)
-        )
+        bench = self.make_bench(tmp_path)
         bench.inputs.update(table=file, images=folder)
         bench.run(
             """
@@ -412,7 +419,7 @@ class LauncherContract(ABC):
 
     def test_lines_arrive_while_the_program_runs(self, bench: Workbench) -> None:
         # The program goes on only once its line has arrived.
-        bench.on_line = lambda _line: bench.path("seen").touch()
+        bench.on_line = lambda _line: bench.touch("seen")
         bench.run(
             """
             import os, time
@@ -556,7 +563,7 @@ class LauncherContract(ABC):
         if not adopted:
             assert bench.is_quiet()
             bench.restage()
-        bench.path("finish").touch()
+        bench.touch("finish")
         bench.run(script)
         assert bench.lines == ["started", "finished"]
         assert bench.is_quiet()

@@ -13,12 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from airflow_mlpipelines.compute.docker.logs import (
-    LogConnectionError,
-    LogEntry,
-    LogFollower,
-    LogPosition,
-)
+from airflow_mlpipelines.compute.docker.logs import LogConnectionError, LogFollower
+from airflow_mlpipelines.compute.log_position import LogEntry, LogPosition
 
 STDOUT, STDERR = 1, 2
 START = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)

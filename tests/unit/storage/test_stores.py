@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from airflow_mlpipelines.exceptions import DataError
@@ -84,6 +87,37 @@ def test_an_unknown_store_tells_which_there_are(tmp_path):
         stores["blobstor"]
 
 
-def test_an_unknown_protocol_says_what_to_install():
-    with pytest.raises(DataError, match="fsspec driver"):
+def test_an_unknown_protocol_is_an_error_that_names_the_datastore():
+    with pytest.raises(
+        DataError, match=r"datastore 'store': 'nosuch://bucket' .*not known: nosuch"
+    ):
         open_store("store", "nosuch://bucket")
+
+
+@pytest.mark.parametrize(
+    ("url", "driver", "extra"),
+    [
+        ("s3://bucket", "s3fs", "s3"),
+        ("gs://bucket", "gcsfs", "gcs"),
+        ("abfs://container", "adlfs", "azure"),
+        ("hdfs://node/data", "pyarrow.fs", "hdfs"),
+        ("sftp://host/data", "paramiko", "sftp"),
+        ("https://host/data", "aiohttp", "http"),
+    ],
+)
+def test_a_driver_that_is_missing_is_named_with_the_extra_that_installs_it(url, driver, extra):
+    # A process of its own: what fsspec has imported once stays imported.
+    script = f"""
+import sys
+sys.modules[{driver!r}] = None
+from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.storage.stores import open_store
+try:
+    open_store("lake", {url!r})
+except DataError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+    assert "datastore 'lake'" in done.stdout
+    assert f"Install the extra 'airflow-mlpipelines[{extra}]'." in done.stdout

@@ -107,19 +107,6 @@ def test_remote_data_with_other_bytes_are_never_handed_on(tmp_path, made):
     assert not (tmp_path / "t").exists()
 
 
-def test_a_blob_is_fetched_once(tmp_path, made):
-    stores = StoreSet([open_store("store", f"memory://{tmp_path.name}")], "store")
-    artifact = commit_output(stores.default, "run/out", made, step_run="r")
-    blobs = BlobCache(tmp_path / "b")
-    fetch(artifact, stores, blobs=blobs, target=tmp_path / "t1")
-    fetched = blobs.path_of(artifact.digest)
-
-    def forbid(_path: object) -> None:
-        raise AssertionError("fetched again")
-
-    assert blobs.get(artifact.digest, forbid) == fetched
-
-
 def test_what_an_object_store_cannot_hold_is_refused(tmp_path):
     stores = StoreSet([open_store("store", f"memory://{tmp_path.name}")], "store")
     empty, linked = tmp_path / "e", tmp_path / "l"

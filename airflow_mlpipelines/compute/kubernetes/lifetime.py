@@ -1,0 +1,168 @@
+"""Making a step's pod, finding it again, and removing it: never two of them, and nothing left."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
+from airflow_mlpipelines.compute.kubernetes.cluster import (
+    CONFLICT,
+    PATIENCE_SECONDS,
+    ClusterError,
+    ClusterLostError,
+)
+from airflow_mlpipelines.compute.kubernetes.pod import (
+    OWNER,
+    STAGE,
+    STEP,
+    label_value,
+    secret_manifest,
+)
+from airflow_mlpipelines.compute.kubernetes.watch import (
+    ENDED_PHASES,
+    await_removal,
+    container_state,
+    is_leaving,
+)
+from airflow_mlpipelines.exceptions import ComputeUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
+    from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
+
+KILL_SECONDS = 2
+"""What a program has to end by itself. Airflow leaves five seconds for everything."""
+_REMOVAL_SECONDS = 60.0
+_FORCED_REMOVAL_SECONDS = 15.0
+_PAUSE = 1.0
+
+
+def create_pod(cluster: Cluster, spec: PodSpec, token: str) -> Mapping[str, Any]:
+    """Return the pod, made now. ``token`` is a word that only this try knows.
+
+    Raises:
+        ClusterError: The cluster refuses.
+        ClusterLostError: It does not answer.
+        ComputeUnavailableError: The name belongs to a pod of somebody else.
+    """
+    meta = spec.manifest["metadata"]
+    owned = {**meta, "annotations": {**meta.get("annotations", {}), OWNER: token}}
+    body = {**spec.manifest, "metadata": owned}
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return cluster.ask("POST", "pods", body=body)
+        except ClusterError as error:
+            if error.status == CONFLICT:
+                found = cluster.find("pods", spec.name)
+                if found is not None and belongs_to(found, token):
+                    return found  # an answer was lost on its way here
+                if found is not None and not is_of(found, spec.step_run_id):
+                    raise ComputeUnavailableError(
+                        f"The name {spec.name!r} is taken by another pod in namespace {cluster.namespace!r}."
+                    ) from error
+                if found is not None:
+                    remove_pod(cluster, found)
+            elif not error.may_pass:
+                raise
+            if time.monotonic() > deadline:
+                raise ClusterLostError(str(error)) from error
+            time.sleep(_PAUSE)
+
+
+def create_secret(cluster: Cluster, spec: PodSpec, pod: Mapping[str, Any]) -> None:
+    """Make the Secret with the step's secrets, which belongs to its pod.
+
+    Raises:
+        ClusterError: The cluster refuses.
+    """
+    body = secret_manifest(spec, pod)
+    try:
+        cluster.ask("POST", "secrets", body=body)
+    except ClusterError as error:
+        if error.status != CONFLICT:
+            raise
+        cluster.delete("secrets", spec.name, seconds=0)  # of an earlier pod, not yet cleared away
+        cluster.ask("POST", "secrets", body=body)
+
+
+def discard(cluster: Cluster, spec: PodSpec, pod: Mapping[str, Any], *, seconds: int) -> None:
+    """Have the pod and its Secret deleted, without waiting for it.
+
+    Raises:
+        ClusterError: The cluster does not answer.
+    """
+    cluster.delete("pods", spec.name, seconds=seconds, uid=pod["metadata"]["uid"])
+    if spec.secrets:
+        cluster.delete("secrets", spec.name, seconds=0)
+
+
+def remove_pod(cluster: Cluster, pod: Mapping[str, Any]) -> None:
+    """Delete the pod, and wait until it is gone.
+
+    One whose node does not answer is taken out of the cluster's books after a minute: whatever still runs there
+    can reach nothing of the step, whose data go through a worker only.
+
+    Raises:
+        ClusterError: The cluster does not answer.
+        ComputeUnavailableError: It stays.
+    """
+    meta = pod["metadata"]
+    name, uid = str(meta["name"]), str(meta["uid"])
+    cluster.delete("pods", name, seconds=KILL_SECONDS, uid=uid)
+    if await_removal(cluster, name, uid, seconds=_REMOVAL_SECONDS):
+        return
+    cluster.delete("pods", name, seconds=0, uid=uid)
+    if not await_removal(cluster, name, uid, seconds=_FORCED_REMOVAL_SECONDS):
+        raise ComputeUnavailableError(
+            f"The pod {name!r} in namespace {cluster.namespace!r} can't be removed; a finalizer may hold it."
+        )
+
+
+def take_over(cluster: Cluster, pod: Mapping[str, Any], token: str) -> None:
+    """Note that this try owns the pod from now on, so that none before it kills it.
+
+    Raises:
+        ClusterError: The cluster does not answer.
+    """
+    body = {"metadata": {"annotations": {OWNER: token}}}
+    cluster.ask("PATCH", f"pods/{pod['metadata']['name']}", body=body)
+
+
+def adoptable(pod: Mapping[str, Any], step_run_id: str, noted: str | None) -> bool:
+    """Return whether a new try goes on with this pod.
+
+    One whose step has ended is adopted only while the handle says that nobody has read its end; one that
+    never got all of its files is begun anew.
+
+    Args:
+        pod: As the cluster has it.
+        step_run_id: Whose pod it should be.
+        noted: The ``uid`` of the pod that an earlier try noted.
+    """
+    if not is_of(pod, step_run_id) or is_leaving(pod):
+        return False
+    if pod.get("status", {}).get("phase") in ENDED_PHASES:
+        return False
+    state, facts = container_state(pod, STAGE)
+    if state != "terminated" or facts.get("exitCode") != 0:
+        return False
+    uid = pod["metadata"]["uid"]
+    if container_state(pod, STEP)[0] == "terminated":
+        return bool(noted == uid)
+    return noted in (None, uid)
+
+
+def is_of(pod: Mapping[str, Any], step_run_id: str) -> bool:
+    """Return whether the pod is one of this step run's."""
+    labels = pod["metadata"].get("labels") or {}
+    return bool(labels.get(STEP_RUN_LABEL) == label_value(step_run_id))
+
+
+def belongs_to(pod: Mapping[str, Any], token: str) -> bool:
+    """Return whether the try with this token made the pod, or adopted it last."""
+    annotations = pod["metadata"].get("annotations") or {}
+    return bool(annotations.get(OWNER) == token)

@@ -1,0 +1,130 @@
+"""A step's log, followed to its end: every line once, also when the connection breaks on the way.
+
+The kubelet keeps the log, with a time at every line; so a connection that broke, or that a silent program
+let grow stale, is opened again a little before the last line seen, and what was seen already is left out.
+A line that is still being written may break anywhere: then its beginning is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from airflow_mlpipelines.compute.kubernetes.pod import STEP
+from airflow_mlpipelines.compute.log_lines import LineFolder
+from airflow_mlpipelines.compute.log_position import LogEntry, LogPosition
+
+if TYPE_CHECKING:
+    from airflow_mlpipelines.compute.base import Emit
+    from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
+
+_SILENCE_SECONDS = 30.0
+_CHUNK = 64 << 10
+_LONGEST_TIME = 64
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
+
+
+class LogFollower:
+    """Hands the lines of one pod's step on, in order, each of them once."""
+
+    def __init__(self, cluster: Cluster, pod: str, emit: Emit) -> None:
+        self._cluster = cluster
+        self._pod = pod
+        self._emit = emit
+        self._position = LogPosition()
+        self._folder = LineFolder()
+        self._broken: tuple[str, int] | None = None
+
+    def read(self, *, follow: bool) -> None:
+        """Hand on what was not read yet; with ``follow``, until the step ends.
+
+        Raises:
+            ClusterError: The connection broke. Call it again to go on where it stopped.
+        """
+        query = {"container": STEP, "timestamps": "true", "follow": "true" if follow else "false"}
+        since = self._position.reopen()
+        if since is not None:
+            query["sinceTime"] = _rfc3339(since)
+        reader = _LineReader(self)
+        try:
+            with self._cluster.open(
+                f"pods/{self._pod}/log", query=query, seconds=_SILENCE_SECONDS
+            ) as response:
+                while data := response.read1(_CHUNK):
+                    reader.feed(data)
+        finally:
+            reader.stop()
+
+    def finish(self) -> None:
+        """Hand on the rest of a log whose step has ended."""
+        for line in self._folder.finish():
+            self._emit(line)
+
+    def begin_line(self, time: str) -> int | None:
+        """Return how many bytes of the line that begins here are known; None if it is known as a whole."""
+        if not self._position.is_new(LogEntry(time, 0, b"")):
+            return None
+        if self._broken is None or self._broken[0] != time:
+            return 0
+        (_, known), self._broken = self._broken, None
+        return known
+
+    def take(self, data: bytes) -> None:
+        """Hand on a piece of the log."""
+        for line in self._folder.feed(data):
+            self._emit(line)
+
+    def break_line(self, time: str, known: int) -> None:
+        """Remember that a line was read only in part."""
+        self._position.forget(LogEntry(time, 0, b""))
+        self._broken = (time, known)
+
+
+class _LineReader:
+    """Parts what arrives into lines with their times, also while a line is still being written."""
+
+    def __init__(self, follower: LogFollower) -> None:
+        self._follower = follower
+        self._time: str | None = None
+        self._head = b""
+        self._skip: int | None = 0
+        self._known = 0
+
+    def feed(self, data: bytes) -> None:
+        while data:
+            if self._time is None:
+                self._head += data
+                time, blank, data = self._head.partition(b" ")
+                if not blank:
+                    if len(self._head) > _LONGEST_TIME:  # the kubelet says something of its own
+                        self._head = b""
+                    return
+                self._head = b""
+                self._time = time.decode("ascii", "replace")
+                is_entry = _TIME.match(self._time) is not None
+                # Else it is the kubelet that says it can't read the log, in the place of a line.
+                self._skip = self._follower.begin_line(self._time) if is_entry else None
+                self._known = 0
+            line, end, rest = data.partition(b"\n")
+            self._take(line + end)
+            if end:
+                self._time = None
+            data = rest
+
+    def stop(self) -> None:
+        """The connection has ended, perhaps in the middle of a line."""
+        if self._time is not None and self._skip is not None:
+            self._follower.break_line(self._time, max(self._known, self._skip))
+
+    def _take(self, data: bytes) -> None:
+        start, self._known = self._known, self._known + len(data)
+        if self._skip is None:
+            return
+        new = data[max(self._skip - start, 0) :]
+        if new:
+            self._follower.take(new)
+
+
+def _rfc3339(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

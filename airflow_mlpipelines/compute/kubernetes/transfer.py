@@ -1,0 +1,362 @@
+"""Carrying a step's files to its pod and back, as tar archives through the API server.
+
+A connection may break anywhere, and the end of what a command prints may get lost. So an archive counts
+only once both sides have found the same SHA-256 of it, and then appears as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airflow_mlpipelines.compute.base import KEPT_DIRECTORIES
+from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
+from airflow_mlpipelines.compute.kubernetes.cluster import PATIENCE_SECONDS
+from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, STAGE
+from airflow_mlpipelines.compute.kubernetes.scripts import RECEIVE, SEND, SHELL
+from airflow_mlpipelines.compute.kubernetes.watch import container_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from airflow_mlpipelines.compute.base import Stage
+    from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
+    from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
+
+_RECORD = 512
+_BUFFER = 256 << 10
+_NOTHING = "nothing"
+_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class Member:
+    """One entry of the archive that a pod gets: its name there, and what it is on the worker's disk."""
+
+    name: str
+    path: Path | None = None
+    follow: bool = False
+
+
+def stage_members(stage: Stage) -> Iterator[Member]:
+    """Yield all that the pod of a step needs, in the layout of its containers."""
+    for name, path in (
+        ("code", stage.code),
+        ("run", stage.run),
+        ("runtime", stage.runtime),
+    ):
+        yield from _tree(name, path)
+    yield Member("home")
+    yield Member("outputs")
+    parents = {
+        parent
+        for path in stage.outputs.values()
+        for parent in path.relative_to(stage.outputs_root).parents
+        if parent != Path()
+    }
+    for parent in sorted(parents):
+        yield Member(f"outputs/{parent.as_posix()}")
+    yield Member("inputs")
+    for name, path in stage.inputs.items():
+        if path.is_dir():
+            yield from _tree(f"inputs/{name}", path)
+        else:
+            yield Member(f"inputs/{name}")
+            yield Member(f"inputs/{name}/{path.name}", path, follow=True)
+
+
+def deliver(cluster: Cluster, spec: PodSpec, stage: Stage) -> None:
+    """Send the step's directories to its waiting pod, also if a connection breaks on the way.
+
+    Raises:
+        ClusterError: That fails time and again, or the pod is gone.
+    """
+
+    def is_over(pod: Mapping[str, Any] | None) -> bool:
+        return pod is not None and container_state(pod, STAGE)[0] == "terminated"
+
+    _try_again(cluster, spec.name, STAGE, lambda: send_stage(cluster, spec, stage), is_over)
+
+
+def collect(cluster: Cluster, pod: str, stage: Stage, *, with_outputs: bool) -> None:
+    """Bring what the step has made to the worker, also if a connection breaks on the way.
+
+    Raises:
+        ClusterError: That fails time and again, or the pod is gone.
+    """
+
+    def fetch() -> None:
+        if with_outputs:
+            fetch_outputs(cluster, pod, stage)
+        fetch_run_files(cluster, pod, stage)
+
+    _try_again(cluster, pod, OUTPUTS_KEEPER, fetch, lambda _pod: False)
+
+
+def _try_again(
+    cluster: Cluster,
+    name: str,
+    container: str,
+    action: Callable[[], object],
+    is_done: Callable[[Mapping[str, Any] | None], bool],
+) -> None:
+    """Do ``action`` until it succeeds, as long as the container is there; an absent cluster is waited for."""
+    attempts = 0
+    while True:
+        try:
+            action()
+        except ChannelError:
+            pod, was_away = cluster.find_patiently("pods", name, patience=PATIENCE_SECONDS)
+            if is_done(pod):
+                return
+            attempts += not was_away
+            gone = pod is None or container_state(pod, container)[0] != "running"
+            if gone or attempts >= _ATTEMPTS:
+                raise
+            time.sleep(attempts)
+        else:
+            return
+
+
+def send_stage(cluster: Cluster, spec: PodSpec, stage: Stage) -> int:
+    """Send the step's directories to its waiting pod, let the step begin, and return the bytes sent.
+
+    Raises:
+        ChannelError: The connection broke; the step has not begun, or the pod says so.
+    """
+    word = secrets.token_hex(8)
+    entries = [_entry(member, spec) for member in stage_members(stage)]
+    size = sum(_size(info) for info, _ in entries) + 2 * _RECORD
+    sender = _Sender()
+    with Channel(
+        cluster, spec.name, STAGE, [SHELL, "-c", RECEIVE, SHELL, str(size), word]
+    ) as channel:
+        for chunk in _archive(entries):
+            sender.digest.update(chunk)
+            sender.sent += len(chunk)
+            channel.write(chunk)
+        if sender.sent != size:
+            raise ChannelError(f"{sender.sent} bytes were sent instead of {size}")
+        said = b""
+        answered = False
+        for data in channel.read():
+            said += data
+            if not answered and b"\n" in said:
+                if said.decode().strip() != sender.digest.hexdigest():
+                    raise ChannelError("the pod received something else than was sent")
+                channel.write(f"{word}\n".encode())
+                answered = True
+    return size
+
+
+def fetch_outputs(cluster: Cluster, pod: str, stage: Stage) -> int:
+    """Bring the step's outputs to where the worker expects them, and return the bytes received.
+
+    Raises:
+        ChannelError: The connection broke; nothing has appeared.
+    """
+    with _receiving(stage.outputs_root) as incoming:
+        received = _fetch(cluster, pod, "outputs", ["."], incoming)
+        _move_entries(incoming, stage.outputs_root)
+    return received
+
+
+def fetch_run_files(cluster: Cluster, pod: str, stage: Stage) -> int:
+    """Bring the run directory, ``./outputs`` and ``./logs`` to the worker; return the bytes received.
+
+    Raises:
+        ChannelError: The connection broke; nothing has appeared.
+    """
+    names = ["run", *(f"code/{name}" for name in KEPT_DIRECTORIES)]
+    with _receiving(stage.root) as incoming:
+        received = _fetch(cluster, pod, ".", names, incoming)
+        for name in KEPT_DIRECTORIES:
+            if (incoming / "code" / name).exists():
+                _replace(incoming / "code" / name, stage.code / name)
+        if (incoming / "run").is_dir():
+            _move_entries(incoming / "run", stage.run)
+    return received
+
+
+def unpack(archive: tarfile.TarFile, target: Path) -> None:
+    """Unpack what a pod has sent below ``target``, as the worker's own files.
+
+    Symbolic links stay as the program made them; nothing is written through them, or elsewhere.
+
+    Raises:
+        ChannelError: An entry would lie outside.
+    """
+    try:
+        archive.extractall(target, filter=_own)  # noqa: S202 - the filter keeps it inside
+    except (tarfile.FilterError, tarfile.TarError) as error:
+        raise ChannelError(
+            f"the pod has sent an archive that can't be unpacked: {error}"
+        ) from error
+
+
+class _Sender:
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self.sent = 0
+
+
+class _Incoming:
+    """What a command prints, as a file to read an archive from, digested on its way."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._buffer = b""
+        self.digest = hashlib.sha256()
+        self.received = 0
+
+    def read(self, amount: int) -> bytes:
+        while len(self._buffer) < amount:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                break
+            self.digest.update(chunk)
+            self.received += len(chunk)
+            self._buffer += chunk
+        data, self._buffer = self._buffer[:amount], self._buffer[amount:]
+        return data
+
+    def drain(self) -> None:
+        while self.read(_BUFFER):
+            pass
+
+
+def _fetch(cluster: Cluster, pod: str, directory: str, names: Iterable[str], target: Path) -> int:
+    word = secrets.token_hex(8)
+    command = [SHELL, "-c", SEND, SHELL, word, directory, *names]
+    with Channel(cluster, pod, OUTPUTS_KEEPER, command) as channel:
+        incoming = _Incoming(channel.read())
+        try:
+            with tarfile.open(
+                fileobj=incoming,  # type: ignore[call-overload]
+                mode="r|",
+                bufsize=_BUFFER,
+            ) as archive:
+                unpack(archive, target)
+        except tarfile.ReadError as error:
+            incoming.drain()  # raises where it was the connection that broke
+            if channel.said != _NOTHING:
+                raise ChannelError(f"no whole archive has arrived: {error}") from error
+            return 0
+        incoming.drain()
+        if channel.said.splitlines()[-1:] != [incoming.digest.hexdigest()]:
+            raise ChannelError(f"something else has arrived than the pod has sent. {channel.said}")
+    return incoming.received
+
+
+class _receiving:  # noqa: N801 - used as a function
+    """A new directory on the disk of ``beside``, gone at the end."""
+
+    def __init__(self, beside: Path) -> None:
+        self._beside = beside
+
+    def __enter__(self) -> Path:
+        self._beside.mkdir(parents=True, exist_ok=True)
+        self._path = Path(tempfile.mkdtemp(prefix=".incoming-", dir=self._beside))
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._path, ignore_errors=True)
+
+
+def _move_entries(source: Path, target: Path) -> None:
+    for entry in source.iterdir():
+        _replace(entry, target / entry.name)
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    source.replace(target)
+
+
+def _own(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+    if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
+        return None  # devices, pipes and sockets are no data
+    if member.islnk():
+        member = tarfile.data_filter(member, path)
+    else:
+        member = tarfile.tar_filter(member, path)
+    mode = 0o700 if member.isdir() else 0o600
+    return member.replace(
+        uid=None,  # type: ignore[arg-type]
+        gid=None,  # type: ignore[arg-type]
+        uname=None,  # type: ignore[arg-type]
+        gname=None,  # type: ignore[arg-type]
+        mode=(member.mode or 0) | mode,
+        deep=False,
+    )
+
+
+def _tree(name: str, root: Path) -> Iterator[Member]:
+    yield Member(name, root, follow=True)
+    for directory, folders, files in os.walk(root):
+        folders.sort()
+        inside = Path(directory)
+        relative = inside.relative_to(root)
+        for entry in (*folders, *sorted(files)):
+            yield Member((Path(name) / relative / entry).as_posix(), inside / entry)
+
+
+def _entry(member: Member, spec: PodSpec) -> tuple[tarfile.TarInfo, Path | None]:
+    if member.path is None:
+        info = tarfile.TarInfo(member.name)
+        info.type, info.mode = tarfile.DIRTYPE, 0o755
+        path = None
+    else:
+        path = member.path.resolve() if member.follow else member.path
+        found = path.lstat()
+        with tarfile.TarFile(os.devnull, "w") as nowhere:
+            # Of an archive of its own, so that a second hard link to a file becomes a file of its own.
+            info = nowhere.gettarinfo(path, member.name)
+        if not (info.isreg() or info.isdir() or info.issym()):
+            raise ChannelError(
+                f"{path} is neither a file nor a directory: it can't be sent to a pod"
+            )
+        # Whom the worker may read for may be somebody else there.
+        info.mode = found.st_mode & 0o777 | (0o700 if info.isdir() else 0o600)
+    info.uid, info.gid, info.uname, info.gname = spec.uid, spec.gid, "", ""
+    return info, path
+
+
+def _size(info: tarfile.TarInfo) -> int:
+    return len(_header(info)) + -(-info.size // _RECORD) * _RECORD
+
+
+def _header(info: tarfile.TarInfo) -> bytes:
+    # GNU's format: the tar of small images does not know the newer one's long names.
+    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def _archive(entries: Iterable[tuple[tarfile.TarInfo, Path | None]]) -> Iterator[bytes]:
+    """Yield an archive, in pieces, of exactly the size that its entries say."""
+    rest = b""
+    for info, path in entries:
+        rest += _header(info)
+        if info.isreg() and path is not None:
+            left = info.size
+            with path.open("rb") as file:
+                while left:
+                    data = file.read(min(_BUFFER, left))
+                    if not data:
+                        raise ChannelError(f"{path} became shorter while it was sent")
+                    left -= len(data)
+                    yield rest + data
+                    rest = b""
+            rest = b"\0" * (-info.size % _RECORD)
+        if len(rest) > _BUFFER:
+            yield rest
+            rest = b""
+    yield rest + b"\0" * (2 * _RECORD)

@@ -1,0 +1,93 @@
+"""Files and trees handed on without letting whoever gets them write to the original."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_READ_ONLY, _WRITABLE = 0o444, 0o644
+_CLONE = 0x40049409
+"""Linux's ``FICLONE``: the new file has the old one's blocks until either is written to."""
+
+
+def make_read_only(path: Path) -> None:
+    """Take the right to write away from a file, or from all files of a directory.
+
+    The directories keep it: what is in them can't be deleted without.
+    """
+    _change_files(path, _READ_ONLY)
+
+
+def make_writable(path: Path) -> None:
+    """Give the owner of a file, or of all files of a directory, the right to write."""
+    _change_files(path, _WRITABLE)
+
+
+def _change_files(path: Path, mode: int) -> None:
+    if not path.is_dir():
+        path.chmod(mode)
+        return
+    for directory, _, names in os.walk(path):
+        for name in names:
+            file = os.path.join(directory, name)  # noqa: PTH118 - millions of them, maybe
+            if not os.path.islink(file):  # noqa: PTH114
+                os.chmod(file, mode)  # noqa: PTH101
+
+
+def place(blob: Path, target: Path, *, link: bool) -> None:
+    """Put a blob's file or tree at ``target``, where nothing is; its files stay read-only.
+
+    Args:
+        blob: The original.
+        target: Where it shall be.
+        link: Whether a hard link will do. Only where the file system itself keeps the user of ``target``
+            from writing, as a read-only mount does: a link *is* the original, and rights stop no owner.
+    """
+    put = _link if link else copy_file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if blob.is_dir():
+        shutil.copytree(blob, target, symlinks=True, copy_function=_taking_text(put))
+    else:
+        put(blob, target)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file with its rights, sharing the blocks where the file system can."""
+    if not _clone(source, target):
+        shutil.copyfile(source, target)
+    shutil.copymode(source, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP):
+            raise
+        copy_file(source, target)
+
+
+def _clone(source: Path, target: Path) -> bool:
+    """Make ``target`` a clone and return True; False where the file system has none, or it is another."""
+    with source.open("rb") as original, target.open("wb") as made:
+        try:
+            fcntl.ioctl(made.fileno(), _CLONE, original.fileno())
+        except OSError:
+            return False
+    return True
+
+
+def _taking_text(put: Callable[[Path, Path], None]) -> Callable[[str, str], None]:
+    from pathlib import Path
+
+    def put_text(source: str, target: str) -> None:
+        put(Path(source), Path(target))
+
+    return put_text
