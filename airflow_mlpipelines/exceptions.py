@@ -70,7 +70,30 @@ class CacheError(MLPipelinesError):
 
 
 class EnvironmentBuildError(MLPipelinesError):
-    """The software environment of a step can't be resolved or built."""
+    """The software environment of a step can't be resolved or built.
+
+    Attributes:
+        instruction: The instruction of the Dockerfile that failed, if one did.
+        log_tail: The last lines of the build's log.
+        retryable: True if something around the build failed, such as the network; the same definition
+            would fail again otherwise.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        instruction: str | None = None,
+        log_tail: Sequence[str] = (),
+        retryable: bool = False,
+    ) -> None:
+        self.instruction = instruction
+        self.log_tail = tuple(log_tail)
+        self.retryable = retryable
+        text = message
+        if self.log_tail:
+            text += "\nEnd of the build's log:\n" + "\n".join(f"  {line}" for line in self.log_tail)
+        super().__init__(text)
 
 
 class ComputeUnavailableError(MLPipelinesError):

@@ -15,6 +15,7 @@ def main() -> None:
     """Run the command that the arguments name; errors are told in words, without a traceback."""
     from airflow_mlpipelines.exceptions import (
         DefinitionError,
+        EnvironmentBuildError,
         MLPipelinesError,
         StepFailedError,
     )
@@ -34,7 +35,10 @@ def main() -> None:
         print(f"error: {error}{notes}", file=sys.stderr)
         if isinstance(error, DefinitionError):
             sys.exit(EXIT_USAGE)
-        sys.exit(EXIT_RUN_FAILED if isinstance(error, StepFailedError) else EXIT_INFRASTRUCTURE)
+        failed = isinstance(error, StepFailedError) or (
+            isinstance(error, EnvironmentBuildError) and not error.retryable
+        )
+        sys.exit(EXIT_RUN_FAILED if failed else EXIT_INFRASTRUCTURE)
 
 
 def join_regenerate(arguments: list[str]) -> list[str]:

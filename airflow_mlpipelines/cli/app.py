@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from airflow_mlpipelines.cli import EXIT_RUN_FAILED
+from airflow_mlpipelines.cli.environments import environment_app
+from airflow_mlpipelines.cli.options import (
+    FileArgument,
+    JsonOption,
+    ParametersOption,
+    PipelineOption,
+    RegenerateOption,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,30 +31,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=(
         "Machine-learning pipelines on Apache Airflow.\n\n"
-        "Exit codes: 0 all is well; 1 a run or a check failed; 2 the command or a pipeline is written "
+        "Exit codes: 0 all is well; 1 a run, a check or a build failed; 2 the command or a pipeline is written "
         "wrongly; 3 something around it (a server, a database, a store) does not work.\n\n"
         "Set MLPIPELINES_DEBUG=1 to see tracebacks."
     ),
 )
 cache_app = typer.Typer(no_args_is_help=True, help="Look at what is remembered.")
 app.add_typer(cache_app, name="cache")
-
-FileArgument = Annotated[Path, typer.Argument(help="A Python file that makes a pipeline.")]
-PipelineOption = Annotated[
-    str | None, typer.Option("--pipeline", help="Which pipeline, where the file makes several.")
-]
-ParametersOption = Annotated[
-    list[str] | None, typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Repeatable.")
-]
-RegenerateOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--regenerate",
-        metavar="[STEP,…]",
-        help="Run these steps whatever is remembered; alone, or 'all': every step.",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="The last line of output is JSON.")]
+app.add_typer(environment_app, name="environment")
 
 
 @app.command()

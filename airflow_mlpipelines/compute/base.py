@@ -87,6 +87,11 @@ class ResolvedEnvironment:
         return digest("environment-v1", counted)
 
 
+def name_environment(environment: EnvironmentSpec) -> str:
+    """Return how messages call an environment."""
+    return f"environment {environment.name!r}" if environment.name else "the step's environment"
+
+
 def digest_variables(environment: EnvironmentSpec | None) -> dict[str, str]:
     """Return the environment's variables with the digests of their values: people put passwords there."""
     values = environment.environment_variables if environment is not None else {}
@@ -163,6 +168,33 @@ class Launcher(ABC):
         Raises:
             EnvironmentBuildError: It can't be built.
         """
+
+    def recall_environment(
+        self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
+    ) -> ResolvedEnvironment | None:
+        """Return the environment that a run was planned with, though its definition means another one now.
+
+        Asked for where a tag moved after the run had begun.
+
+        Args:
+            environment: The definition.
+            description: What :meth:`resolve_environment` said of it when the run was planned.
+
+        Returns:
+            What to prepare instead; None if this compute can only have what there is now.
+        """
+        del environment, description
+        return None
+
+    def is_prepared(
+        self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment
+    ) -> bool | None:
+        """Return whether :meth:`prepare_environment` would find all there; None if it can't be known.
+
+        For people who look; nothing is built or fetched.
+        """
+        del environment, resolved
+        return None
 
     @abstractmethod
     def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:

@@ -30,7 +30,12 @@ from filelock import FileLock
 
 from airflow_mlpipelines import settings
 from airflow_mlpipelines._digest import digest
-from airflow_mlpipelines.compute.base import ResolvedEnvironment, digest_variables
+from airflow_mlpipelines.compute.base import (
+    ResolvedEnvironment,
+    digest_variables,
+    name_environment,
+)
+from airflow_mlpipelines.compute.build_failures import is_network_failure
 from airflow_mlpipelines.compute.interpreter import installed_packages, python_version
 from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError
 from airflow_mlpipelines.storage.trees import digest_tree
@@ -91,10 +96,15 @@ def resolve_python(environment: EnvironmentSpec | None, *, compute: str) -> Reso
     Raises:
         EnvironmentBuildError: It can't be resolved, or not for a process.
     """
+    if environment is not None and environment.apt:
+        raise EnvironmentBuildError(
+            f"{name_environment(environment)} has apt packages, which a process of the worker's machine can't be "
+            f"given. Name a Docker compute instead of {compute!r}, or leave them out."
+        )
     if environment is None or not environment.has_packages:
         if environment is not None and (environment.image or environment.dockerfile):
             raise EnvironmentBuildError(
-                f"{_named(environment)} is an image, but compute {compute!r} runs processes of the worker's "
+                f"{name_environment(environment)} is an image, but compute {compute!r} runs processes of the worker's "
                 "machine. Name a Docker compute, or give the environment pip requirements for processes."
             )
         python, packages = python_version(), installed_packages()
@@ -128,6 +138,13 @@ def prepare_python(
     return replace(resolved, python=str(python))
 
 
+def is_python_ready(environment: EnvironmentSpec | None) -> bool:
+    """Return whether an environment that was resolved is there to run on."""
+    if environment is None or not environment.has_packages:
+        return True
+    return _is_ready(_find_lock(environment))
+
+
 def interpreter_variables(python: str, path: str | None) -> dict[str, str]:
     """Return the variables that make an interpreter the one that ``python`` means in a process.
 
@@ -149,7 +166,7 @@ def _find_lock(environment: EnvironmentSpec) -> EnvironmentLock:
     """Return the lock of an environment, resolved now if it was not, or if it is out of date."""
     if environment.conda is not None:
         raise EnvironmentBuildError(
-            f"{_named(environment)} has conda packages, which this release can't build. Give their pip "
+            f"{name_environment(environment)} has conda packages, which this release can't build. Give their pip "
             "requirements instead, or an image that has them and a Docker compute."
         )
     key = digest(
@@ -164,7 +181,7 @@ def _find_lock(environment: EnvironmentSpec) -> EnvironmentLock:
     file = environments_directory() / "locks" / f"{key[:32]}.json"
     lock = _read_lock(file)
     if lock is None:
-        with _exclusive(file):
+        with exclusive_lock(file):
             lock = _read_lock(file)
             if lock is None:
                 lock = _resolve(environment)
@@ -193,13 +210,13 @@ def _resolve(environment: EnvironmentSpec) -> EnvironmentLock:
         output = ["--output-file", "pylock.toml", "--format", "pylock.toml", "--no-header"]
         _uv(
             ["pip", "compile", "requirements.in", "--python", interpreter, *output],
-            f"The packages of {_named(environment)} can't be resolved",
+            f"The packages of {name_environment(environment)} can't be resolved",
             directory,
         )
         pylock = (directory / "pylock.toml").read_text(encoding="utf-8")
         version = _uv(
             ["python", "find", "--show-version", interpreter],
-            f"The interpreter of {_named(environment)} can't be used",
+            f"The interpreter of {name_environment(environment)} can't be used",
             directory,
         ).strip()
     packages, local = _read_pylock(pylock)
@@ -219,7 +236,7 @@ def _find_interpreter(environment: EnvironmentSpec) -> str:
         return sys.executable
     return _uv(
         ["python", "find", "--no-project", "--system", wanted],
-        f"This machine has no usable Python {wanted} for {_named(environment)}. Install one and put it on the "
+        f"This machine has no usable Python {wanted} for {name_environment(environment)}. Install one and put it on the "
         "worker's PATH, or name an image and a Docker compute",
         Path("/"),
     ).strip()
@@ -274,15 +291,15 @@ def _is_ready(lock: EnvironmentLock) -> bool:
 
 def _build(environment: EnvironmentSpec, lock: EnvironmentLock, emit: Emit) -> None:
     """Build the environment in its place, unless somebody else does so while we wait."""
-    with _exclusive(lock.directory):
+    with exclusive_lock(lock.directory):
         if _is_ready(lock):
             return
         count = len(lock.packages)
         emit(
-            f"Building {_named(environment)}: Python {lock.python} and {count} "
+            f"Building {name_environment(environment)}: Python {lock.python} and {count} "
             f"package{'s' if count != 1 else ''}. This is done once on this machine."
         )
-        failure = f"{_named(environment)} can't be built"
+        failure = f"{name_environment(environment)} can't be built"
         _ready_file(lock).unlink(missing_ok=True)
         shutil.rmtree(lock.directory, ignore_errors=True)
         target = str(lock.directory)
@@ -299,7 +316,7 @@ def _build(environment: EnvironmentSpec, lock: EnvironmentLock, emit: Emit) -> N
                 base,
             )
         _write_whole(_ready_file(lock), json.dumps(lock.packages))
-        emit(f"Built {_named(environment)} in {target}")
+        emit(f"Built {name_environment(environment)} in {target}")
 
 
 def _uv(arguments: list[str], failure: str, directory: Path) -> str:
@@ -331,11 +348,13 @@ def _uv(arguments: list[str], failure: str, directory: Path) -> str:
     )
     if done.returncode != 0:
         said = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-_SHOWN_LINES:])
-        raise EnvironmentBuildError(f"{failure}. uv says:\n{said}")
+        raise EnvironmentBuildError(
+            f"{failure}. uv says:\n{said}", retryable=is_network_failure(done.stderr)
+        )
     return done.stdout
 
 
-def _exclusive(path: Path) -> FileLock:
+def exclusive_lock(path: Path) -> FileLock:
     """Return a lock that one process of this machine holds at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_suffix(".lock"))
@@ -346,7 +365,3 @@ def _write_whole(file: Path, text: str) -> None:
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
-
-
-def _named(environment: EnvironmentSpec) -> str:
-    return f"environment {environment.name!r}" if environment.name else "the step's environment"

@@ -22,6 +22,7 @@ from airflow_mlpipelines._naming import list_options
 from airflow_mlpipelines.compute.base import Launcher, ProcessPaths
 from airflow_mlpipelines.compute.environments import (
     interpreter_variables,
+    is_python_ready,
     prepare_python,
     resolve_python,
 )
@@ -113,6 +114,13 @@ class LocalLauncher(Launcher):
         ready = prepare_python(environment, resolved, emit=emit)
         self._python = ready.python or sys.executable
         return ready
+
+    def is_prepared(
+        self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment
+    ) -> bool | None:
+        """Return whether the interpreter and its packages are there."""
+        del resolved
+        return is_python_ready(environment)
 
     def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:
         """Return the places of ``stage`` as they are: the process runs on the same machine."""

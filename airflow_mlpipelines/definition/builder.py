@@ -32,6 +32,7 @@ from airflow_mlpipelines.definition.graph import (
     InputPart,
     InputSpec,
     LiteralPart,
+    LocalComputeSpec,
     OutputPart,
     OutputSpec,
     ParameterRef,
@@ -181,12 +182,20 @@ class _Builder:
                 f"compute_target is a {type(wanted).__name__}; pass a compute or its name", step
             )
             wanted = self._pipeline.workspace.default_compute
-        known = self._computes.setdefault(wanted.name, wanted.spec)
-        if known != wanted.spec:
+        spec = self._with_registry(wanted.spec)
+        known = self._computes.setdefault(wanted.name, spec)
+        if known != spec:
             self._report(
                 f"compute {wanted.name!r} is defined in two ways; give one another name", step
             )
         return str(wanted.name)
+
+    def _with_registry(self, spec: ComputeSpec) -> ComputeSpec:
+        """Return a compute with the workspace's registry, where it has images and none of its own."""
+        registry = self._pipeline.workspace.registry
+        if registry is None or isinstance(spec, LocalComputeSpec) or spec.registry is not None:
+            return spec
+        return spec.model_copy(update={"registry": registry})
 
     def _find_environment(self, step: PipelineStep) -> EnvironmentSpec | None:
         environments = self._pipeline.workspace.environments

@@ -114,14 +114,23 @@ def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
             step=step.name,
         )
     if isinstance(compute, LocalComputeSpec):
+        if step.environment is not None and step.environment.apt:
+            yield Problem(
+                f"its environment has apt packages, but compute {compute.name!r} is local: they would have to be "
+                "installed on the worker's machine itself. Use a Docker compute, or leave them out.",
+                step=step.name,
+            )
         return
+    # With a Python version, the base is the official image of that Python.
     image = step.environment is not None and (
-        step.environment.image is not None or step.environment.dockerfile is not None
+        step.environment.image is not None
+        or step.environment.dockerfile is not None
+        or step.environment.python_version is not None
     )
     if not image and compute.image is None:
         yield Problem(
             f"runs on compute {compute.name!r} ({compute.type}), which needs an image: give the step an "
-            "Environment with one, or the compute an image of its own",
+            "Environment with an image or a python_version, or the compute an image of its own",
             step=step.name,
         )
     for what in ("cpus", "memory", "shm_size"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,6 +13,7 @@ from airflow_mlpipelines.definition.graph import (
     DockerComputeSpec,
     KubernetesComputeSpec,
     LocalComputeSpec,
+    RegistrySpec,
 )
 from airflow_mlpipelines.definition.resources import parse_gpus, parse_size
 from airflow_mlpipelines.exceptions import DefinitionError
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _SIZES = ("memory", "shm_size", "ephemeral_storage")
+_REPOSITORY = re.compile(
+    r"^(localhost|[\w-]+(\.[\w-]+)+|[\w-]+(?=:\d))(:\d+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+$"
+)
 _WITH_GPU_IDS = ("local", "docker")
 _ADAPTER: TypeAdapter[ComputeSpec] = TypeAdapter(ComputeSpec)
 _SPECS: dict[str, type[Any]] = {
@@ -80,8 +85,8 @@ class DockerCompute(ComputeTarget):
         name: Its name.
         fields: As :class:`~airflow_mlpipelines.definition.graph.DockerComputeSpec` has them: ``image``,
             ``docker_url``, ``conn_id``, ``cpus``, ``memory``, ``gpus``, ``shm_size``, ``user``,
-            ``network_mode``, ``extra_hosts``, ``max_nodes``. Sizes are bytes, or such as ``8G``. GPUs are
-            a number, or a list of ids.
+            ``network_mode``, ``extra_hosts``, ``registry``, ``max_nodes``. Sizes are bytes, or such as ``8G``.
+            GPUs are a number, or a list of ids.
 
     Raises:
         DefinitionError: A field is unknown or of the wrong type.
@@ -132,6 +137,8 @@ def make_compute_spec(name: str, fields: Mapping[str, Any]) -> ComputeSpec:
             f"{list_options(known)}.{suggest(unknown[0], known)}"
         )
     values = dict(fields)
+    if values.get("registry") is not None:
+        values["registry"] = make_registry(f"{where}: registry", values["registry"])
     for size in _SIZES:
         if size in values:
             values[size] = parse_size(f"{where}: {size}", values[size])
@@ -143,6 +150,37 @@ def make_compute_spec(name: str, fields: Mapping[str, Any]) -> ComputeSpec:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:])
         raise DefinitionError(f"{where}: {field}: {first['msg']}") from error
+
+
+def make_registry(where: str, fields: Any) -> RegistrySpec:
+    """Return the checked form of a registry's definition.
+
+    Raises:
+        DefinitionError: Its url is missing or no registry with a repository, or a field is unknown.
+    """
+    if isinstance(fields, RegistrySpec):
+        return fields
+    if not isinstance(fields, dict) or not isinstance(fields.get("url"), str):
+        raise DefinitionError(
+            f"{where}: it needs a url, such as {{url: registry.example.com/team/env, conn_id: my_docker}}"
+        )
+    unknown = sorted(set(fields) - RegistrySpec.model_fields.keys())
+    if unknown:
+        known = RegistrySpec.model_fields
+        raise DefinitionError(
+            f"{where}: there is no field {unknown[0]!r} of a registry, which has {list_options(known)}."
+            f"{suggest(unknown[0], known)}"
+        )
+    url = re.sub(r"^https?://", "", fields["url"]).rstrip("/")
+    if not _REPOSITORY.match(url):
+        raise DefinitionError(
+            f"{where}: url is {fields['url']!r}; write registry and repository without a tag, such as "
+            "'registry.example.com/team/env'"
+        )
+    conn_id = fields.get("conn_id")
+    if conn_id is not None and not isinstance(conn_id, str):
+        raise DefinitionError(f"{where}: conn_id is to be the name of an Airflow connection")
+    return RegistrySpec(url=url, conn_id=conn_id)
 
 
 def wrap_compute_spec(spec: ComputeSpec) -> ComputeTarget:

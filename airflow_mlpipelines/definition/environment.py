@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from airflow_mlpipelines.exceptions import DefinitionError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+_APT_PACKAGE = re.compile(r"^[a-z0-9][a-z0-9+.-]*(:[a-z0-9]+)?(=[A-Za-z0-9.+~:*-]+|/[\w.-]+)?$")
 
 
 class Environment:
@@ -23,13 +26,14 @@ class Environment:
         python_version: Such as ``3.12``.
         pip: Requirement lines, in pip's own form.
         conda: The content of a conda environment file, or a :class:`~pathlib.Path` to one.
+        apt: Packages of the image's distribution (Debian, Ubuntu), such as ``libgomp1``.
         environment_variables: Set for the step's process.
 
     Raises:
         DefinitionError: A file is not there, or an image and a Dockerfile are both given.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument for each thing that there can be
         self,
         name: str | None = None,
         *,
@@ -38,6 +42,7 @@ class Environment:
         python_version: str | None = None,
         pip: Sequence[str] = (),
         conda: Mapping[str, Any] | Path | None = None,
+        apt: Sequence[str] = (),
         environment_variables: Mapping[str, str] | None = None,
     ) -> None:
         where = f"environment {name!r}" if name else "environment"
@@ -47,6 +52,7 @@ class Environment:
             )
         if isinstance(pip, str):
             raise DefinitionError(f"{where}: pip takes a list of requirement lines, not one text")
+        _check_apt(where, apt)
         if isinstance(dockerfile, Path):
             dockerfile = _read(where, dockerfile)
         if isinstance(conda, Path):
@@ -58,6 +64,7 @@ class Environment:
             python_version=python_version,
             pip=tuple(pip),
             conda=dict(conda) if conda is not None else None,
+            apt=tuple(apt),
             environment_variables=dict(environment_variables or {}),
         )
 
@@ -103,10 +110,23 @@ class Environment:
     @property
     def digest(self) -> str:
         """64 hex digits over all but the name."""
-        return digest("environment-spec-v1", self.spec.model_dump(mode="json", exclude={"name"}))
+        # A field that came later counts only where it is used, so that the others keep their digests.
+        left_out = {"name"} if self.spec.apt else {"name", "apt"}
+        return digest("environment-spec-v1", self.spec.model_dump(mode="json", exclude=left_out))
 
     def __repr__(self) -> str:
         return f"Environment({self.name!r})"
+
+
+def _check_apt(where: str, packages: Any) -> None:
+    if isinstance(packages, str):
+        raise DefinitionError(f"{where}: apt takes a list of packages, not one text")
+    for package in packages:
+        if not isinstance(package, str) or not _APT_PACKAGE.match(package):
+            raise DefinitionError(
+                f"{where}: apt: {package!r} is no package. Write a name, such as 'libgomp1', or one with its "
+                "version, such as 'git=1:2.39.*'."
+            )
 
 
 def _read(where: str, path: Path) -> str:

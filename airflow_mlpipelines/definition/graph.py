@@ -65,6 +65,18 @@ class ResourcesSpec(SpecModel):
     shm_size: int | None = None
 
 
+class RegistrySpec(SpecModel):
+    """Where images that were built are kept for other machines.
+
+    Attributes:
+        url: Registry and repository, such as ``registry.example.com/team/env``; tags are ours.
+        conn_id: The Airflow connection of type docker that may pull and push there.
+    """
+
+    url: str
+    conn_id: str | None = None
+
+
 class LocalComputeSpec(SpecModel):
     """Processes on the machine of the Airflow worker.
 
@@ -89,6 +101,7 @@ class DockerComputeSpec(SpecModel):
         gpus: GPUs that the host has, as a number or as ids; steps may ask for at most as many.
         user: ``uid[:gid]`` or a name; None is the user of the Airflow worker.
         network_mode: As Docker's ``--network``.
+        registry: Where images that are built for it are kept; None is the workspace's.
     """
 
     type: Literal["docker"] = "docker"
@@ -103,6 +116,7 @@ class DockerComputeSpec(SpecModel):
     user: str | None = None
     network_mode: str | None = None
     extra_hosts: dict[str, str] = {}
+    registry: RegistrySpec | None = None
     max_nodes: int | None = None
 
 
@@ -121,6 +135,7 @@ class KubernetesComputeSpec(SpecModel):
         queue: The Kueue queue that pods wait in.
         startup_timeout_seconds: How long images may be pulled for, once a node was found.
         schedule_timeout_seconds: How long a pod may wait for a node.
+        registry: Where images that are built for it are kept; None is the workspace's.
     """
 
     type: Literal["kubernetes"] = "kubernetes"
@@ -147,6 +162,7 @@ class KubernetesComputeSpec(SpecModel):
     gpu_resource: str = "nvidia.com/gpu"
     shm_size: int | None = None
     pod_template_file: str | None = None
+    registry: RegistrySpec | None = None
     queue: str | None = None
     startup_timeout_seconds: int = 1800
     schedule_timeout_seconds: int = 3600
@@ -168,6 +184,7 @@ class EnvironmentSpec(SpecModel):
         python_version: Such as ``3.12``; None is the worker's own, or the image's.
         pip: Requirement lines, in pip's own form.
         conda: The content of a conda environment file.
+        apt: Packages of the image's distribution (Debian, Ubuntu): ``libgomp1``, ``git=1:2.39.*``.
         environment_variables: Set for the step's process; they count in the digest.
     """
 
@@ -177,12 +194,18 @@ class EnvironmentSpec(SpecModel):
     python_version: str | None = None
     pip: tuple[str, ...] = ()
     conda: dict[str, JsonValue] | None = None
+    apt: tuple[str, ...] = ()
     environment_variables: dict[str, str] = {}
 
     @property
     def has_packages(self) -> bool:
-        """Whether something has to be installed before a step can run in it."""
+        """Whether a Python has to be made for it before a step can run in it."""
         return bool(self.pip or self.conda or self.python_version)
+
+    @property
+    def needs_build(self) -> bool:
+        """Whether a container can only run on it after an image was built."""
+        return bool(self.has_packages or self.apt or self.dockerfile is not None)
 
 
 # ---- parameters --------------------------------------------------------------------------------

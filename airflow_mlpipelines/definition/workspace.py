@@ -18,10 +18,11 @@ from airflow_mlpipelines.definition.computes import (
     ComputeTarget,
     LocalCompute,
     make_compute_spec,
+    make_registry,
     wrap_compute_spec,
 )
 from airflow_mlpipelines.definition.environment import Environment
-from airflow_mlpipelines.definition.graph import DatastoreSpec
+from airflow_mlpipelines.definition.graph import DatastoreSpec, RegistrySpec
 from airflow_mlpipelines.exceptions import DefinitionError
 
 if TYPE_CHECKING:
@@ -30,11 +31,19 @@ if TYPE_CHECKING:
 EMBEDDED_DATASTORE = "workspaceblobstore"
 EMBEDDED_COMPUTE = "local"
 _KEYS = frozenset(
-    {"name", "default_datastore", "default_compute", "datastores", "computes", "environments"}
+    {
+        "name",
+        "default_datastore",
+        "default_compute",
+        "datastores",
+        "computes",
+        "environments",
+        "registry",
+    }
 )
 _DATASTORE_KEYS = frozenset({"url", "conn_id", "options"})
 _ENVIRONMENT_KEYS = frozenset(
-    {"image", "dockerfile", "python_version", "pip", "conda", "environment_variables"}
+    {"image", "dockerfile", "python_version", "pip", "conda", "apt", "environment_variables"}
 )
 _PACKAGE = Path(__file__).parent.parent
 
@@ -84,9 +93,10 @@ class Workspace:
         datastores: By name.
         compute_targets: By name.
         environments: By name.
+        registry: Where images that were built are kept for other machines; None if nowhere.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument for each thing that there can be
         self,
         name: str,
         *,
@@ -96,8 +106,10 @@ class Workspace:
         default_datastore: str | None = None,
         default_compute: str | None = None,
         config_file: Path | None = None,
+        registry: RegistrySpec | None = None,
     ) -> None:
         self.name = name
+        self.registry = registry
         self.config_file = config_file
         where = f"workspace {name!r}" + (f" ({config_file.name})" if config_file else " (embedded)")
         made = {key: Datastore._of(self, spec) for key, spec in datastores.items()}  # noqa: SLF001
@@ -288,7 +300,15 @@ def _read_config(file: Path) -> Workspace:
         default_datastore=content.get("default_datastore"),
         default_compute=content.get("default_compute"),
         config_file=file,
+        registry=_read_registry(where, content.get("registry")),
     )
+
+
+def _read_registry(where: str, fields: Any) -> RegistrySpec | None:
+    if fields is None:
+        return None
+    place = f"{where}: registry"
+    return make_registry(place, _check_mapping(place, fields))
 
 
 def _absolute_url(url: str, base: Path) -> str:

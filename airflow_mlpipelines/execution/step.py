@@ -14,7 +14,7 @@ from airflow_mlpipelines.caching.fingerprint import step_fingerprint
 from airflow_mlpipelines.caching.index import CacheEntry, StepRunRecord
 from airflow_mlpipelines.compute.base import StepLaunch
 from airflow_mlpipelines.definition.graph import ParameterRef
-from airflow_mlpipelines.exceptions import DataError, StepFailedError
+from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
 from airflow_mlpipelines.execution.heartbeat import LeaseHeldError, hold_lease
 from airflow_mlpipelines.execution.staging import (
     FetchedData,
@@ -146,13 +146,14 @@ class StepRunner:
         Raises:
             LeaseHeldError: Somebody else is making the same outputs right now.
             StepFailedError: The program failed.
+            EnvironmentBuildError: Its environment can't be had.
             DataError: An input can't be had, or an output was not made.
         """
         started = time.monotonic()
         fingerprint = self._fingerprint()
         try:
             return self._reuse_or_make(fingerprint, started)
-        except (StepFailedError, DataError) as error:
+        except (StepFailedError, EnvironmentBuildError, DataError) as error:
             first_line = str(error).partition("\n")[0]
             seconds = time.monotonic() - started
             self._record(fingerprint, state="failed", reason=first_line, seconds=seconds)
@@ -307,7 +308,7 @@ class StepRunner:
         launcher = services.launcher
         launcher.check_resources(step.name, step.resources)
         environment = launcher.prepare_environment(
-            step.environment, launcher.resolve_environment(step.environment), emit=services.emit
+            step.environment, self._resolve_environment(), emit=services.emit
         )
         workplace = locate_workplace(
             step,
@@ -343,6 +344,30 @@ class StepRunner:
         # Any other error may leave a program alive that the next try adopts, with these directories.
         workplace.remove()
         return outputs, metrics
+
+    def _resolve_environment(self) -> ResolvedEnvironment:
+        """Return the environment that the plan names, also if a tag has moved since, where that can be had."""
+        step, services = self._step, self._services
+        resolved = services.launcher.resolve_environment(step.environment)
+        planned = self._plan.environments[step.id]
+        known = self._plan.steps[step.id].miss is not MissReason.NOT_CACHEABLE
+        if not known or resolved.digest == planned:
+            return resolved
+        description = services.index.get_contents([planned]).get(planned)
+        if description is None:
+            return resolved
+        recalled = services.launcher.recall_environment(step.environment, description)
+        if recalled is None:
+            return resolved
+        if recalled.digest != planned:
+            raise EnvironmentBuildError(
+                f"step {step.name!r}: local files that its environment is built from have changed since this run "
+                "was planned. Clear the run's first task, and what comes after it, to plan anew."
+            )
+        services.emit(
+            "The image's tag has moved since this run was planned: the run keeps its image"
+        )
+        return recalled
 
     def _launch(self, workplace: Workplace, environment: ResolvedEnvironment) -> dict[str, Any]:
         """Run the program to its end and return the metrics that it logged."""

@@ -72,9 +72,14 @@ class StepOperator(BaseOperator):
                 reused, because a branch was not taken.
             AirflowFailException: It failed in a way that a retry would only repeat.
             StepFailedError: It failed; Airflow's retries apply.
+            EnvironmentBuildError: What its environment is built from can't be reached; so too.
             DataError: An input can't be had, or an output was not made; so too.
         """
-        from airflow_mlpipelines.exceptions import DataError, StepFailedError
+        from airflow_mlpipelines.exceptions import (
+            DataError,
+            EnvironmentBuildError,
+            StepFailedError,
+        )
         from airflow_mlpipelines.execution.heartbeat import LeaseHeldError
         from airflow_mlpipelines.operators.carrying_out import make_runner
 
@@ -84,10 +89,10 @@ class StepOperator(BaseOperator):
         except LeaseHeldError as error:
             self._wait_for_lease(error)
             raise
-        except (StepFailedError, DataError) as error:
+        except (StepFailedError, EnvironmentBuildError, DataError) as error:
             failure = {"state": "failed", "reason": str(error).partition("\n")[0]}
             context["ti"].xcom_push(key=STEP_RUN_KEY, value=failure)
-            if isinstance(error, StepFailedError) and not error.retryable:
+            if not isinstance(error, DataError) and not error.retryable:
                 raise AirflowFailException(str(error)) from error
             raise
         outputs = self._push(context, result)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Argument,
         ArgumentPart,
         DistributedSpec,
+        EnvironmentSpec,
         InputSource,
         PipelineGraph,
         StepSpec,
@@ -36,10 +37,7 @@ def describe_step(step: StepSpec, graph: PipelineGraph) -> str:
         rows.append(("command", f"`{command}`"))
     rows.append(("compute", f"{compute.name} ({compute.type})"))
     if step.environment is not None:
-        packages = (
-            ", ".join(step.environment.pip) or "conda" if step.environment.has_packages else ""
-        )
-        rows.append(("environment", step.environment.image or packages or "Dockerfile"))
+        rows.append(("environment", _describe_environment(step.environment)))
     rows += [(f"input `{item.name}`", _describe_source(item.source)) for item in step.inputs]
     place = step.config.get("destination_path") if step.operator == TRANSFER_OPERATOR else None
     where = f"{place} on" if place else "on"
@@ -86,6 +84,17 @@ def _describe_part(part: ArgumentPart) -> str:
     if isinstance(part, (InputPart, OutputPart)):
         return f"{{{part.name}}}"
     return f"{{parameter:{part.name}}}"
+
+
+def _describe_environment(environment: EnvironmentSpec) -> str:
+    parts = [environment.image] if environment.image else []
+    parts += ["Dockerfile"] if environment.dockerfile is not None else []
+    parts += [f"Python {environment.python_version}"] if environment.python_version else []
+    # Not those with paths, which differ between machines.
+    parts += [line for line in environment.pip if line[:1].isalnum() and "file:" not in line]
+    parts += environment.apt
+    parts += ["a conda file"] if environment.conda is not None else []
+    return ", ".join(parts) or environment.name or "variables only"
 
 
 def _describe_source(source: InputSource) -> str:

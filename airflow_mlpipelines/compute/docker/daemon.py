@@ -29,12 +29,14 @@ def daemon_url(compute: DockerComputeSpec) -> str:
     return compute.docker_url or os.environ.get("DOCKER_HOST") or DEFAULT_URL
 
 
-def connect(compute: DockerComputeSpec, *, login: bool = False, timeout: int = 60) -> APIClient:
+def connect(
+    compute: DockerComputeSpec, *, conn_id: str | None = None, timeout: int = 60
+) -> APIClient:
     """Return a connection of its own to the compute's daemon.
 
     Args:
         compute: The compute.
-        login: Whether to log in at the registry of the compute's Airflow connection, if it has one.
+        conn_id: The Airflow connection of a registry to log in at.
         timeout: How many seconds the daemon may take to answer.
 
     Raises:
@@ -45,15 +47,13 @@ def connect(compute: DockerComputeSpec, *, login: bool = False, timeout: int = 6
 
     url = daemon_url(compute)
     try:
-        hook = DockerHook(
-            docker_conn_id=compute.conn_id if login else None, base_url=url, timeout=timeout
-        )
+        hook = DockerHook(docker_conn_id=conn_id, base_url=url, timeout=timeout)
         return hook.api_client
     except (AirflowException, OSError) as error:  # docker's and requests' errors are OSErrors
         said = getattr(error, "explanation", None)
-        if login and said:
+        if conn_id and said:
             raise ComputeUnavailableError(
-                f"compute {compute.name!r}: the registry of Airflow connection {compute.conn_id!r} refuses "
+                f"compute {compute.name!r}: the registry of Airflow connection {conn_id!r} refuses "
                 f"the login: {said}"
             ) from error
         raise unreachable(compute, said or _why_unreachable(url)) from error

@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlpipelines.compute.base import name_environment
 from airflow_mlpipelines.compute.docker.daemon import connect, unreachable
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, EnvironmentBuildError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from docker import APIClient
 
@@ -26,7 +27,9 @@ _DENIED = re.compile(r"denied|unauthorized|authentication required|no basic auth
 _ABSENT = re.compile(
     r"manifest unknown|not found|does not exist|no such image|invalid reference", re.I
 )
-_PROGRESS = frozenset({"Downloading", "Extracting", "Waiting"})
+# Of a repository that nobody pushed to yet, registries that know who asks say that it may not be read.
+_NO_REPOSITORY = re.compile(r"name unknown|repository.*(not known|does not exist)", re.I)
+_PROGRESS = frozenset({"Downloading", "Extracting", "Waiting", "Pushing", "Preparing"})
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,13 @@ def image_name(
     """Return the name of the image that a step of this environment runs on.
 
     Raises:
-        EnvironmentBuildError: Nobody names one, or it would have to be built first.
+        EnvironmentBuildError: Nobody names one, or it would have to be built, which the caller can't.
     """
-    if environment is not None and (environment.has_packages or environment.dockerfile):
+    if environment is not None and environment.needs_build:
         raise EnvironmentBuildError(
-            f"environment {environment.name or 'of the step'!r} asks for packages or has a Dockerfile, but "
-            f"compute {compute.name!r} runs images that are built beforehand. Build one with them, and name "
-            "it as image=."
+            f"{name_environment(environment)} asks for packages or has a Dockerfile, but images are not built for "
+            f"compute {compute.name!r} ({compute.type}). Build one with them beforehand (on a Docker compute, "
+            "`mlpipelines environment build` does), and name it as image=."
         )
     name = (environment.image if environment is not None else None) or compute.image
     if name is None:
@@ -78,8 +81,9 @@ def find_image(name: str, compute: DockerComputeSpec, *, timeout: int) -> ImageI
         local = local_image(client, name)
         if local is not None:
             return local
-        if compute.conn_id:
-            client = connect(compute, login=True, timeout=timeout)
+        conn_id = pull_conn_id(compute)
+        if conn_id is not None:
+            client = connect(compute, conn_id=conn_id, timeout=timeout)
         return registry_image(client, name)
     except ComputeUnavailableError as error:
         return ImageIdentity(name, None, str(error))
@@ -87,10 +91,22 @@ def find_image(name: str, compute: DockerComputeSpec, *, timeout: int) -> ImageI
         return ImageIdentity(name, None, str(unreachable(compute, str(error))))
 
 
+def pull_conn_id(compute: DockerComputeSpec) -> str | None:
+    """Return the Airflow connection to pull with: the compute's, else that of the workspace's registry."""
+    return compute.conn_id or (compute.registry.conn_id if compute.registry is not None else None)
+
+
 def pinned_image(name: str) -> ImageIdentity | None:
     """Return the identity of a ``name`` that says the digest itself, else None."""
     match = _BY_DIGEST.match(name)
     return ImageIdentity(name, match[1]) if match else None
+
+
+def recall_image(client: APIClient, name: str, digest: str) -> ImageIdentity:
+    """Return the image that ``name`` stood for when its digest was taken."""
+    if local_image(client, digest) is not None:
+        return ImageIdentity(digest, digest)  # the id of one that is in no registry
+    return ImageIdentity(f"{_repository(name)}@{digest}", digest)
 
 
 def local_image(client: APIClient, name: str) -> ImageIdentity | None:
@@ -122,6 +138,59 @@ def registry_image(client: APIClient, name: str) -> ImageIdentity:
     return ImageIdentity(f"{_repository(name)}@{digest}", digest)
 
 
+def seek_image(client: APIClient, name: str) -> ImageIdentity | None:
+    """Return what ``name`` means in its registry, or None if the registry answers that it has none.
+
+    Raises:
+        ComputeUnavailableError: The registry does not answer, or these credentials may not look.
+    """
+    found = registry_image(client, name)
+    if found.digest is not None:
+        return found
+    said = found.problem or ""
+    if _ABSENT.search(said) or _NO_REPOSITORY.search(said):
+        return None
+    raise ComputeUnavailableError(
+        f"The registry of image {name!r} can't be asked for it: {said}. Check the daemon's way to it, and the "
+        "conn_id of the workspace's registry (an Airflow connection of type docker)."
+    )
+
+
+def push_image(client: APIClient, name: str, *, conn_id: str | None, emit: Emit) -> None:
+    """Put ``name`` into its registry, reporting each layer as it is begun and done.
+
+    Raises:
+        EnvironmentBuildError: These credentials may not push there.
+        ComputeUnavailableError: The registry can't be reached.
+    """
+    emit(f"Pushing image {name}")
+    repository, _, tag = name.rpartition(":")
+    try:
+        for message in report_layers(
+            client.push(repository, tag=tag, stream=True, decode=True), emit
+        ):
+            raise _push_failure(name, message, conn_id)
+    except OSError as error:  # docker's and requests' errors are OSErrors
+        said = getattr(error, "explanation", None) or str(error)
+        raise _push_failure(name, said, conn_id) from error
+    emit(f"Pushed image {name}")
+
+
+def _push_failure(
+    name: str, said: str, conn_id: str | None
+) -> EnvironmentBuildError | ComputeUnavailableError:
+    if _DENIED.search(said):
+        who = f"The Airflow connection {conn_id!r}" if conn_id else "Nobody without a connection"
+        return EnvironmentBuildError(
+            f"The image {name!r} was built, but can't be pushed. {who} may not push there: name one that may as "
+            f"conn_id of the workspace's registry. The registry says: {said}"
+        )
+    return ComputeUnavailableError(
+        f"The image {name!r} was built, but can't be pushed: {said}. Check the daemon's way to the registry; the "
+        "next try pushes it without building it again."
+    )
+
+
 def pull_image(client: APIClient, name: str, *, emit: Emit) -> None:
     """Fetch ``name``, reporting each layer as it is begun and done.
 
@@ -131,17 +200,19 @@ def pull_image(client: APIClient, name: str, *, emit: Emit) -> None:
     """
     emit(f"Pulling image {name}")
     try:
-        _report(name, client.pull(name, stream=True, decode=True), emit)
+        for said in report_layers(client.pull(name, stream=True, decode=True), emit):
+            raise _pull_failure(name, said)
     except OSError as error:
         raise _pull_failure(name, getattr(error, "explanation", None) or str(error)) from error
     emit(f"Pulled image {name}")
 
 
-def _report(name: str, messages: Iterable[Any], emit: Emit) -> None:
+def report_layers(messages: Iterable[Any], emit: Emit) -> Iterator[str]:
+    """Report what happens to each layer, as it is begun and done; yield what the registry complains of."""
     latest: dict[str, str] = {}
     for message in messages:
         if "error" in message:
-            raise _pull_failure(name, str(message["error"]))
+            yield str(message["error"])
         layer, status = message.get("id", ""), message.get("status", "")
         if not status or status in _PROGRESS or latest.get(layer) == status:
             continue

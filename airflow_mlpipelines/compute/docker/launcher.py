@@ -28,13 +28,21 @@ from airflow_mlpipelines.compute.docker.daemon import (
     stop_container,
     unreachable,
 )
+from airflow_mlpipelines.compute.docker.environments import (
+    define_image,
+    find_built,
+    provide_image,
+    recall_definition,
+)
 from airflow_mlpipelines.compute.docker.failures import end_failure, start_failure
 from airflow_mlpipelines.compute.docker.gpus import check_gpus
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
     image_name,
     local_image,
+    pull_conn_id,
     pull_image,
+    recall_image,
 )
 from airflow_mlpipelines.compute.docker.logs import LogFollower
 from airflow_mlpipelines.compute.docker.users import default_user, find_uid, hand_over
@@ -55,6 +63,7 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.compute.base import Emit, HandleStore, ProcessPaths, Stage, StepLaunch
     from airflow_mlpipelines.compute.docker.container import ContainerSpec
+    from airflow_mlpipelines.compute.docker.environments import ImageDefinition
     from airflow_mlpipelines.compute.docker.images import ImageIdentity
     from airflow_mlpipelines.definition.graph import (
         DockerComputeSpec,
@@ -78,6 +87,7 @@ class DockerLauncher(Launcher):
     def __init__(self, compute: DockerComputeSpec) -> None:
         self._compute = compute
         self._token = uuid.uuid4().hex
+        self._definition: ImageDefinition | None = None
         self._image_name: str | None = None
         self._name: str | None = None
         self._owner_file: Path | None = None
@@ -110,8 +120,10 @@ class DockerLauncher(Launcher):
     def resolve_environment(self, environment: EnvironmentSpec | None) -> ResolvedEnvironment:
         """Return the image by digest: as its name says, as the daemon has it, or as its registry does.
 
-        Where none of them tells, the step still runs, but nothing of it is reused.
+        One that has to be built is known by its definition, with its base by digest. Where none of them tells, the step still runs, but nothing of it is reused.
         """
+        if environment is not None and environment.needs_build:
+            return self.define_image(environment).resolve()
         name = image_name(environment, self._compute)
         identity = find_image(name, self._compute, timeout=_PLAN_TIMEOUT)
         return _resolved(name, identity, environment)
@@ -119,24 +131,63 @@ class DockerLauncher(Launcher):
     def prepare_environment(
         self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment, *, emit: Emit
     ) -> ResolvedEnvironment:
-        """Return ``resolved`` with its image on the daemon, pulled if it has to be.
+        """Return ``resolved`` with its image on the daemon, pulled or built if it has to be.
 
         Raises:
-            EnvironmentBuildError: There is no such image, or it may not be pulled.
+            EnvironmentBuildError: There is no such image, it may not be pulled, or it can't be built.
             ComputeUnavailableError: The daemon or the registry does not answer.
         """
+        if environment is not None and environment.needs_build:
+            definition, built = provide_image(
+                self.define_image(environment), self._compute, emit=emit
+            )
+            self._image_name = definition.name
+            return definition.resolve(built.reference)
         name = image_name(environment, self._compute)
         self._image_name = name
         reference = resolved.image or name
         client = self._client
         identity = local_image(client, reference)
         if identity is None:
-            puller = connect(self._compute, login=True) if self._compute.conn_id else client
+            puller = connect(self._compute, conn_id=pull_conn_id(self._compute))
             pull_image(puller, reference, emit=emit)
             identity = local_image(client, reference)
         if resolved.cacheable or identity is None:
             return resolved
         return _resolved(name, identity, environment)
+
+    def recall_environment(
+        self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
+    ) -> ResolvedEnvironment | None:
+        """Return the image, or the definition on its bases, that the description names by digest."""
+        if environment is not None and environment.needs_build:
+            self._definition = recall_definition(environment, self._compute, description)
+            return self._definition.resolve()
+        name, digest = str(description.get("image")), description.get("digest")
+        if digest is None:
+            return None
+        return _resolved(name, recall_image(self._client, name, digest), environment)
+
+    def is_prepared(
+        self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment
+    ) -> bool | None:
+        """Return whether the image is on the daemon, or in the workspace's registry."""
+        try:
+            if environment is not None and environment.needs_build:
+                return find_built(self.define_image(environment), self._compute) is not None
+            return local_image(self._client, resolved.image or "") is not None
+        except ComputeUnavailableError:
+            return None
+
+    def define_image(self, environment: EnvironmentSpec) -> ImageDefinition:
+        """Return the image to be built for an environment, the same one for as long as this launcher lives.
+
+        Raises:
+            EnvironmentBuildError: It has no base, or can't be built anywhere.
+        """
+        if self._definition is None or self._definition.environment != environment:
+            self._definition = define_image(environment, self._compute, timeout=_PLAN_TIMEOUT)
+        return self._definition
 
     def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:
         """Return the places of ``stage`` below ``/mlp``."""

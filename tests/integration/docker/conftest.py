@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import subprocess
 import threading
-import time
 import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,21 +15,18 @@ from airflow_mlpipelines.compute.base import Stage, StepLaunch
 from airflow_mlpipelines.compute.docker import DockerLauncher
 from airflow_mlpipelines.definition.graph import DockerComputeSpec, ResourcesSpec
 from airflow_mlpipelines.execution.handles import FileHandle
+from tests.integration.docker.cli import docker_cli, wait_until
+from tests.integration.docker.registry import registry
 from tests.parts import missing, require_docker
 
+__all__ = ["docker_cli", "registry", "wait_until"]
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from multiprocessing.process import BaseProcess
     from pathlib import Path
 
 IMAGE = "python:3.11-slim"
-WAIT_SECONDS = 20.0
-
-
-def docker_cli(*arguments: str) -> str:
-    """Return what the Docker command line prints: a look at the daemon that is not our own code's."""
-    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=60)
-    return done.stdout.strip()
 
 
 def find_containers(step_run_id: str) -> list[str]:
@@ -46,17 +41,6 @@ def remove_containers(step_run_id: str) -> list[str]:
     if left:
         docker_cli("rm", "-f", "-v", *left)
     return left
-
-
-def wait_until(condition: Callable[[], Any], what: str) -> Any:
-    """Return the condition's first true value."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.02)
-    raise AssertionError(f"waited {WAIT_SECONDS:g} s in vain until {what}")
 
 
 @dataclass

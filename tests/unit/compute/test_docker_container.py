@@ -31,6 +31,7 @@ from airflow_mlpipelines.compute.docker.watch import ContainerEnd
 from airflow_mlpipelines.definition.graph import (
     DockerComputeSpec,
     EnvironmentSpec,
+    KubernetesComputeSpec,
     ResourcesSpec,
 )
 from airflow_mlpipelines.exceptions import (
@@ -366,6 +367,15 @@ def test_the_environment_names_the_image_before_the_compute_does() -> None:
     assert image_name(EnvironmentSpec(environment_variables={"A": "1"}), compute) == "python:3.11"
     with pytest.raises(EnvironmentBuildError, match="has no image"):
         image_name(None, DockerComputeSpec(name="d"))
+
+
+@pytest.mark.parametrize("fields", [{"pip": ("x",)}, {"apt": ("x",)}, {"dockerfile": "FROM x"}])
+def test_a_compute_that_builds_nothing_never_runs_the_base_instead(fields: dict[str, Any]) -> None:
+    from airflow_mlpipelines.compute.kubernetes import KubernetesLauncher
+
+    launcher = KubernetesLauncher(KubernetesComputeSpec(name="cluster", image="python:3.11"))
+    with pytest.raises(EnvironmentBuildError, match="not built for compute 'cluster'"):
+        launcher.resolve_environment(EnvironmentSpec(**fields))
 
 
 @pytest.mark.parametrize(

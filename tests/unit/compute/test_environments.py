@@ -281,6 +281,7 @@ def test_the_process_finds_the_environment_first(index: Path) -> None:
         (EnvironmentSpec(name="e", image="python:3.12"), "is an image.*Docker compute"),
         (EnvironmentSpec(name="e", dockerfile="FROM x"), "is an image.*Docker compute"),
         (EnvironmentSpec(name="e", conda={"dependencies": []}), "conda.*pip requirements"),
+        (EnvironmentSpec(name="e", apt=("git",), pip=("x",)), "apt packages.*Docker compute"),
         (EnvironmentSpec(name="e", pip=("--no-index", "nopkg")), "can't be resolved(.|\n)*nopkg"),
         (EnvironmentSpec(name="e", pip=("a b c",)), "can't be resolved"),
         (EnvironmentSpec(name="e", python_version="3.99"), "no usable Python 3.99.*worker's PATH"),

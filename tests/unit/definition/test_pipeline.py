@@ -290,6 +290,34 @@ class TestProblems:
         assert "step 'a'" in found[0]
         assert "needs an image" in found[0]
 
+    def test_a_python_version_brings_the_image_of_that_python(self, ws):
+        from airflow_mlpipelines import DockerCompute
+
+        environment = Environment(python_version="3.12", pip=["rich"])
+        steps = [command("a", compute_target=DockerCompute("bare"), environment=environment)]
+
+        assert messages(Pipeline(ws, steps)) == []
+
+    def test_apt_packages_are_for_containers(self, ws):
+        environment = Environment(apt=["git"])
+        steps = [
+            command("a", compute_target="local", environment=environment),
+            command("b", compute_target="cpu-docker", environment=environment),
+        ]
+
+        found = messages(Pipeline(ws, steps))
+
+        assert len(found) == 1
+        assert "step 'a'" in found[0]
+        assert "apt packages" in found[0]
+
+    def test_an_environment_without_apt_packages_has_the_digest_that_it_had(self):
+        assert Environment("any", pip=["pandas==2.2.3"]).digest == (
+            "3a83beaa358b5e4aa1ed593c03e913ed98b3ac7d156919cbb21d67f0e6bc4332"
+        )
+        one, two = Environment(apt=["git"]).digest, Environment(apt=["curl"]).digest
+        assert len({one, two, Environment().digest}) == 3
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -345,6 +373,9 @@ class TestProblems:
             lambda: Resources(memory="much"),
             lambda: Environment(image="a", dockerfile="FROM b"),
             lambda: Environment(pip="pandas"),
+            lambda: Environment(apt="git"),
+            lambda: Environment(apt=["git; rm -rf /"]),
+            lambda: Environment(apt=["--allow-downgrades"]),
             lambda: CommandStep([]),
             lambda: CommandStep(["x"], inputs="raw"),
             lambda: CommandStep(["x"]).run_after("y"),

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from airflow_mlpipelines import Datastore, Workspace
+from airflow_mlpipelines import CommandStep, Datastore, Pipeline, Workspace
+from airflow_mlpipelines.definition.graph import RegistrySpec
 from airflow_mlpipelines.exceptions import DefinitionError
 
 
@@ -89,6 +90,12 @@ def test_an_unknown_name_tells_which_there_are(ws, kind, name, message):
         ("datastores: {store: {url: s3://b, conid: aws}}", "Did you mean 'conn_id'?"),
         ("default_compute: gpu", "compute 'gpu' is not in"),
         ("- a list", "names with values are wanted"),
+        ("registry: {conn_id: x}", "registry: it needs a url"),
+        ("registry: {url: registry.example.com/env:1}", "without a tag"),
+        ("registry: {url: team/env}", "registry.example.com/team/env"),
+        ("registry: {url: registry.example.com/env, con_id: x}", "Did you mean 'conn_id'?"),
+        ("computes: {box: {type: docker, registry: {url: 3}}}", "compute 'box': registry"),
+        ("environments: {e: {apt: [a b]}}", "apt: 'a b' is no package"),
         ("a: [", "can't be read"),
     ],
 )
@@ -102,3 +109,25 @@ def test_a_wrong_file_says_what_and_where(tmp_path, text, message):
 def test_a_file_that_is_named_and_not_there_is_an_error(tmp_path):
     with pytest.raises(DefinitionError, match="is not there"):
         Workspace.from_config(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "url", ["registry.example.com/team/env", "localhost:5000/env", "127.0.0.1:5000/env", "hub:80/e"]
+)
+def test_a_registry_is_that_of_every_compute_with_images(tmp_path, url):
+    (tmp_path / "mlpipelines.yaml").write_text(
+        f"registry: {{url: 'https://{url}/', conn_id: hub}}\n"
+        "computes:\n"
+        "  local: {type: local}\n"
+        "  box: {type: docker, image: a}\n"
+        "  own: {type: docker, image: a, registry: {url: other.example.com/env}}\n"
+        "  cluster: {type: kubernetes, image: a}\n"
+    )
+    ws = Workspace.from_config(tmp_path)
+    steps = [CommandStep(["true"], name, compute_target=name) for name in ws.compute_targets]
+
+    computes = Pipeline(ws, steps, name="p").graph.computes
+
+    registry = RegistrySpec(url=url, conn_id="hub")
+    assert computes["box"].registry == computes["cluster"].registry == registry
+    assert computes["own"].registry == RegistrySpec(url="other.example.com/env")

@@ -1,0 +1,310 @@
+"""``mlpipelines environment``: what the environments of a pipeline come down to, and building them now."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from airflow_mlpipelines.cli.options import FileArgument, JsonOption, PipelineOption
+
+if TYPE_CHECKING:
+    from airflow_mlpipelines.compute.base import Launcher, ResolvedEnvironment
+    from airflow_mlpipelines.compute.docker.environments import ImageDefinition
+    from airflow_mlpipelines.definition.graph import (
+        ComputeSpec,
+        EnvironmentSpec,
+        PipelineGraph,
+    )
+
+environment_app = typer.Typer(
+    no_args_is_help=True, help="Look at the environments of a pipeline, build and export them."
+)
+ChoiceOption = Annotated[
+    str | None,
+    typer.Option("--environment", "-e", help="Only this one: its name, or that of a step on it."),
+]
+_SHOWN_DIGEST = 24
+
+
+@dataclass(frozen=True)
+class EnvironmentUse:
+    """One environment on one compute.
+
+    Attributes:
+        title: Its name; where it has none, what it is.
+        spec: Its definition; None for what a compute has by itself.
+        steps: The names of the steps on it.
+    """
+
+    title: str
+    spec: EnvironmentSpec | None
+    compute: ComputeSpec
+    steps: tuple[str, ...]
+
+    @property
+    def is_built(self) -> bool:
+        """Whether it is made from packages, rather than there as it is."""
+        if self.spec is None:
+            return False
+        return self.spec.has_packages if self.compute.type == "local" else self.spec.needs_build
+
+
+@environment_app.command("ls")
+def list_environments(
+    file: FileArgument, pipeline: PipelineOption = None, as_json: JsonOption = False
+) -> None:
+    """List a pipeline's environments: what each is on its compute, and whether it is there."""
+    found = [_look_at(use) for use in _load_uses(file, pipeline)]
+    if as_json:
+        _print_json(found)
+        return
+    from airflow_mlpipelines.cli.tables import print_table
+
+    print_table(
+        ["environment", "compute", "state", "what it is", "steps"],
+        [
+            (
+                item["environment"],
+                item["compute"],
+                item["state"],
+                _summary(item),
+                ", ".join(item["steps"]),
+            )
+            for item in found
+        ],
+    )
+
+
+@environment_app.command("show")
+def show_environment(
+    file: FileArgument,
+    environment: ChoiceOption = None,
+    pipeline: PipelineOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what environments are made of: packages, bases by digest, Dockerfile."""
+    found = [_look_at(use, whole=True) for use in _choose(_load_uses(file, pipeline), environment)]
+    if as_json:
+        _print_json(found)
+        return
+    for item in found:
+        dockerfile = item.pop("dockerfile", None)
+        for key, value in item.items():
+            if isinstance(value, dict):
+                print(f"{key}:" if value else f"{key}: none")
+                for name, text in value.items():
+                    print(f"  {name}  {text}")
+            elif value is not None:
+                print(f"{key}: {', '.join(value) if isinstance(value, (list, tuple)) else value}")
+        if dockerfile is not None:
+            print("dockerfile:")
+            print("".join(f"  {line}\n" for line in dockerfile.splitlines()))
+
+
+@environment_app.command("build")
+def build_environments(
+    file: FileArgument,
+    environment: ChoiceOption = None,
+    pipeline: PipelineOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make environments ready now: build them, or pull their images. The log goes to standard error."""
+    made: list[dict[str, Any]] = []
+    for use in _choose(_load_uses(file, pipeline), environment):
+        launcher, resolved = _resolve(use)
+        began = time.monotonic()
+        ready = launcher.prepare_environment(use.spec, resolved, emit=_tell)
+        made.append(
+            {
+                "environment": use.title,
+                "compute": use.compute.name,
+                "image": ready.image,
+                "python": ready.python,
+                "digest": ready.digest,
+                "seconds": round(time.monotonic() - began, 3),
+            }
+        )
+    if as_json:
+        _print_json(made)
+        return
+    from airflow_mlpipelines.cli.tables import print_table, show_seconds
+
+    print_table(
+        ["environment", "compute", "what runs", "took"],
+        [
+            (
+                item["environment"],
+                item["compute"],
+                item["image"] or item["python"],
+                show_seconds(item["seconds"]),
+            )
+            for item in made
+        ],
+    )
+
+
+@environment_app.command("export")
+def export_environment(
+    file: FileArgument,
+    directory: Annotated[Path, typer.Argument(help="A new or empty directory.")],
+    environment: ChoiceOption = None,
+    pipeline: PipelineOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write what an image is built from into a directory: the Dockerfile and the files that it copies."""
+    from airflow_mlpipelines._naming import list_options
+    from airflow_mlpipelines.exceptions import DefinitionError
+
+    uses = _choose(_load_uses(file, pipeline), environment)
+    defined = [(use, made) for use in uses if (made := _define(use)) is not None]
+    if not defined:
+        raise DefinitionError(
+            f"none of {list_options([use.title for use in uses])} is an image that is built from its definition"
+        )
+    if len(defined) > 1:
+        names = [use.title for use, _ in defined]
+        raise DefinitionError(f"choose one with --environment, of {list_options(names)}")
+    use, definition = defined[0]
+    definition.context.write(directory)
+    if as_json:
+        _print_json(
+            {"environment": use.title, "image": definition.name, "directory": str(directory)}
+        )
+        return
+    for image_id, name in definition.local_bases.items():
+        print(f"docker tag {image_id} {name}")
+    print(f"docker build -t {definition.name} {directory}")
+
+
+# ---- which there are ---------------------------------------------------------------------------
+
+
+def _load_uses(file: Path, pipeline: str | None) -> list[EnvironmentUse]:
+    from airflow_mlpipelines.cli.files import load_pipeline
+
+    return find_uses(load_pipeline(file, pipeline).graph)
+
+
+def find_uses(graph: PipelineGraph) -> list[EnvironmentUse]:
+    """Return each environment of a pipeline on each compute, in the order of the steps."""
+    steps: dict[tuple[str, str], list[str]] = {}
+    specs: dict[tuple[str, str], EnvironmentSpec | None] = {}
+    for step in graph.steps:
+        key = (step.compute, step.environment.model_dump_json() if step.environment else "")
+        steps.setdefault(key, []).append(step.name)
+        specs[key] = step.environment
+    return [
+        EnvironmentUse(
+            title=_title(spec, steps[key][0]),
+            spec=spec,
+            compute=graph.computes[key[0]],
+            steps=tuple(dict.fromkeys(steps[key])),
+        )
+        for key, spec in specs.items()
+    ]
+
+
+def _title(spec: EnvironmentSpec | None, step: str) -> str:
+    if spec is None:
+        return "(the compute's own)"
+    return spec.name or spec.image or f"(that of step {step})"
+
+
+def _choose(uses: list[EnvironmentUse], name: str | None) -> list[EnvironmentUse]:
+    from airflow_mlpipelines._naming import list_options, suggest
+    from airflow_mlpipelines.exceptions import DefinitionError
+
+    if name is None:
+        return uses
+    chosen = [use for use in uses if name == use.title or name in use.steps]
+    if not chosen:
+        titles = [use.title for use in uses]
+        raise DefinitionError(
+            f"--environment: there is no {name!r}, neither as an environment nor as a step; there is "
+            f"{list_options(titles)}.{suggest(name, titles)}"
+        )
+    return chosen
+
+
+# ---- what they are -----------------------------------------------------------------------------
+
+
+def _resolve(use: EnvironmentUse) -> tuple[Launcher, ResolvedEnvironment]:
+    from airflow_mlpipelines.compute.launchers import make_launcher
+
+    launcher = make_launcher(use.compute)
+    return launcher, launcher.resolve_environment(use.spec)
+
+
+def _define(use: EnvironmentUse) -> ImageDefinition | None:
+    """Return the image that is built for it, or None if none is."""
+    from airflow_mlpipelines.compute.docker import DockerLauncher
+    from airflow_mlpipelines.compute.launchers import make_launcher
+
+    if use.spec is None or not use.is_built:
+        return None
+    launcher = make_launcher(use.compute)
+    return launcher.define_image(use.spec) if isinstance(launcher, DockerLauncher) else None
+
+
+def _look_at(use: EnvironmentUse, *, whole: bool = False) -> dict[str, Any]:
+    """Return what is known of an environment, in its JSON form; what is wrong with it is one line of that."""
+    from airflow_mlpipelines.exceptions import MLPipelinesError
+
+    about: dict[str, Any] = {
+        "environment": use.title,
+        "compute": use.compute.name,
+        "steps": list(use.steps),
+        "state": "wrong",
+        "kind": None,
+        "image": None,
+        "python": None,
+        "digest": None,
+        "problem": None,
+    }
+    try:
+        launcher, resolved = _resolve(use)
+        there = launcher.is_prepared(use.spec, resolved)
+        definition = _define(use) if whole else None
+    except MLPipelinesError as error:
+        return {**about, "problem": str(error)}
+    description = resolved.description
+    missing = "not built" if use.is_built else "not pulled"
+    about |= {
+        "state": "unknown" if there is None else "ready" if there else missing,
+        "kind": description["kind"],
+        "image": description.get("image"),
+        "python": description.get("python"),
+        "digest": description.get("digest") or resolved.digest,
+        "problem": resolved.problem,
+    }
+    if whole:
+        about["packages"] = dict(description.get("packages") or {})
+    if definition is not None:
+        about["dockerfile"] = definition.context.dockerfile
+    return about
+
+
+def _summary(item: dict[str, Any]) -> str:
+    if item["problem"] is not None:
+        return str(item["problem"]).partition("\n")[0]
+    if item["kind"] == "python":
+        return f"Python {item['python']}, {item['digest'][:12]}"
+    if item["digest"].startswith("definition:"):  # its name says the same
+        return str(item["image"])
+    return f"{item['image']}, {item['digest'][:_SHOWN_DIGEST]}"
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_json(data: Any) -> None:
+    from airflow_mlpipelines.cli.files import print_json
+
+    print_json(data)
