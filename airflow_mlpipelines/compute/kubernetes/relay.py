@@ -12,10 +12,10 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from airflow_mlpipelines.compute.kubernetes.archive import unpack
 from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
 from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER
 from airflow_mlpipelines.compute.kubernetes.scripts import RELAY, SHELL
-from airflow_mlpipelines.compute.kubernetes.transfer import unpack
 
 if TYPE_CHECKING:
     from airflow_mlpipelines.compute.base import Stage

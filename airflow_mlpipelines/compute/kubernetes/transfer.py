@@ -7,17 +7,21 @@ only once both sides have found the same SHA-256 of it, and then appears as a wh
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import shutil
 import tarfile
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import KEPT_DIRECTORIES
+from airflow_mlpipelines.compute.kubernetes.archive import (
+    archive_size,
+    make_entries,
+    unpack,
+    write_archive,
+)
 from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
 from airflow_mlpipelines.compute.kubernetes.cluster import PATIENCE_SECONDS
 from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, STAGE
@@ -31,46 +35,9 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
 
-_RECORD = 512
 _BUFFER = 256 << 10
 _NOTHING = "nothing"
 _ATTEMPTS = 4
-
-
-@dataclass(frozen=True)
-class Member:
-    """One entry of the archive that a pod gets: its name there, and what it is on the worker's disk."""
-
-    name: str
-    path: Path | None = None
-    follow: bool = False
-
-
-def stage_members(stage: Stage) -> Iterator[Member]:
-    """Yield all that the pod of a step needs, in the layout of its containers."""
-    for name, path in (
-        ("code", stage.code),
-        ("run", stage.run),
-        ("runtime", stage.runtime),
-    ):
-        yield from _tree(name, path)
-    yield Member("home")
-    yield Member("outputs")
-    parents = {
-        parent
-        for path in stage.outputs.values()
-        for parent in path.relative_to(stage.outputs_root).parents
-        if parent != Path()
-    }
-    for parent in sorted(parents):
-        yield Member(f"outputs/{parent.as_posix()}")
-    yield Member("inputs")
-    for name, path in stage.inputs.items():
-        if path.is_dir():
-            yield from _tree(f"inputs/{name}", path)
-        else:
-            yield Member(f"inputs/{name}")
-            yield Member(f"inputs/{name}/{path.name}", path, follow=True)
 
 
 def deliver(cluster: Cluster, spec: PodSpec, stage: Stage) -> None:
@@ -133,13 +100,13 @@ def send_stage(cluster: Cluster, spec: PodSpec, stage: Stage) -> int:
         ChannelError: The connection broke; the step has not begun, or the pod says so.
     """
     word = secrets.token_hex(8)
-    entries = [_entry(member, spec) for member in stage_members(stage)]
-    size = sum(_size(info) for info, _ in entries) + 2 * _RECORD
+    entries = make_entries(stage, spec)
+    size = archive_size(entries)
     sender = _Sender()
     with Channel(
         cluster, spec.name, STAGE, [SHELL, "-c", RECEIVE, SHELL, str(size), word]
     ) as channel:
-        for chunk in _archive(entries):
+        for chunk in write_archive(entries):
             sender.digest.update(chunk)
             sender.sent += len(chunk)
             channel.write(chunk)
@@ -184,22 +151,6 @@ def fetch_run_files(cluster: Cluster, pod: str, stage: Stage) -> int:
         if (incoming / "run").is_dir():
             _move_entries(incoming / "run", stage.run)
     return received
-
-
-def unpack(archive: tarfile.TarFile, target: Path) -> None:
-    """Unpack what a pod has sent below ``target``, as the worker's own files.
-
-    Symbolic links stay as the program made them; nothing is written through them, or elsewhere.
-
-    Raises:
-        ChannelError: An entry would lie outside.
-    """
-    try:
-        archive.extractall(target, filter=_own)  # noqa: S202 - the filter keeps it inside
-    except (tarfile.FilterError, tarfile.TarError) as error:
-        raise ChannelError(
-            f"the pod has sent an archive that can't be unpacked: {error}"
-        ) from error
 
 
 class _Sender:
@@ -280,83 +231,3 @@ def _replace(source: Path, target: Path) -> None:
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
     source.replace(target)
-
-
-def _own(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-    if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
-        return None  # devices, pipes and sockets are no data
-    if member.islnk():
-        member = tarfile.data_filter(member, path)
-    else:
-        member = tarfile.tar_filter(member, path)
-    mode = 0o700 if member.isdir() else 0o600
-    return member.replace(
-        uid=None,  # type: ignore[arg-type]
-        gid=None,  # type: ignore[arg-type]
-        uname=None,  # type: ignore[arg-type]
-        gname=None,  # type: ignore[arg-type]
-        mode=(member.mode or 0) | mode,
-        deep=False,
-    )
-
-
-def _tree(name: str, root: Path) -> Iterator[Member]:
-    yield Member(name, root, follow=True)
-    for directory, folders, files in os.walk(root):
-        folders.sort()
-        inside = Path(directory)
-        relative = inside.relative_to(root)
-        for entry in (*folders, *sorted(files)):
-            yield Member((Path(name) / relative / entry).as_posix(), inside / entry)
-
-
-def _entry(member: Member, spec: PodSpec) -> tuple[tarfile.TarInfo, Path | None]:
-    if member.path is None:
-        info = tarfile.TarInfo(member.name)
-        info.type, info.mode = tarfile.DIRTYPE, 0o755
-        path = None
-    else:
-        path = member.path.resolve() if member.follow else member.path
-        found = path.lstat()
-        with tarfile.TarFile(os.devnull, "w") as nowhere:
-            # Of an archive of its own, so that a second hard link to a file becomes a file of its own.
-            info = nowhere.gettarinfo(path, member.name)
-        if not (info.isreg() or info.isdir() or info.issym()):
-            raise ChannelError(
-                f"{path} is neither a file nor a directory: it can't be sent to a pod"
-            )
-        # Whom the worker may read for may be somebody else there.
-        info.mode = found.st_mode & 0o777 | (0o700 if info.isdir() else 0o600)
-    info.uid, info.gid, info.uname, info.gname = spec.uid, spec.gid, "", ""
-    return info, path
-
-
-def _size(info: tarfile.TarInfo) -> int:
-    return len(_header(info)) + -(-info.size // _RECORD) * _RECORD
-
-
-def _header(info: tarfile.TarInfo) -> bytes:
-    # GNU's format: the tar of small images does not know the newer one's long names.
-    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-
-
-def _archive(entries: Iterable[tuple[tarfile.TarInfo, Path | None]]) -> Iterator[bytes]:
-    """Yield an archive, in pieces, of exactly the size that its entries say."""
-    rest = b""
-    for info, path in entries:
-        rest += _header(info)
-        if info.isreg() and path is not None:
-            left = info.size
-            with path.open("rb") as file:
-                while left:
-                    data = file.read(min(_BUFFER, left))
-                    if not data:
-                        raise ChannelError(f"{path} became shorter while it was sent")
-                    left -= len(data)
-                    yield rest + data
-                    rest = b""
-            rest = b"\0" * (-info.size % _RECORD)
-        if len(rest) > _BUFFER:
-            yield rest
-            rest = b""
-    yield rest + b"\0" * (2 * _RECORD)

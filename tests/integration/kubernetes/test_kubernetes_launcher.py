@@ -25,7 +25,7 @@ from tests.integration.kubernetes.steps import IMAGE, Look, Wire, make_api, wait
 from tests.unit.compute.launcher_contract import Running, Workbench
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.kubernetes
@@ -280,23 +280,25 @@ def test_a_step_outlasts_an_api_server_that_is_away(
     assert (step.root / "outputs" / "model").read_text() == "made"
 
 
-def test_half_an_archive_of_outputs_is_fetched_again(
-    step: PodStep, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("replacement", [lambda _: b"", lambda chunk: bytes(len(chunk))])
+def test_an_archive_of_outputs_that_arrives_damaged_is_fetched_again(
+    step: PodStep, monkeypatch: pytest.MonkeyPatch, replacement: Callable[[bytes], bytes]
 ) -> None:
-    real, seen = Channel.read, []
+    real, seen, lost_at = Channel.read, [], 5
 
     def read(self: Channel) -> Iterator[bytes]:
         for number, chunk in enumerate(real(self)):
-            if len(chunk) > 10_000:
+            if len(chunk) >= 1000:
                 seen.append(number)
-                if len(seen) == 3:
-                    continue  # lost on its way
+                if len(seen) == lost_at:
+                    yield replacement(chunk)
+                    continue
             yield chunk
 
     monkeypatch.setattr(Channel, "read", read)
     step.python("open('/mlp/outputs/model', 'wb').write(b'0123456789abcdef' * 100000)")
     assert (step.root / "outputs" / "model").read_bytes() == b"0123456789abcdef" * 100_000
-    assert len(seen) > 3
+    assert len(seen) > lost_at
 
 
 def test_outputs_that_can_not_be_read_fail_the_step(

@@ -15,6 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_mlpipelines.compute.base import Stage, StepLaunch
+from airflow_mlpipelines.compute.kubernetes.archive import (
+    archive_size,
+    make_entries,
+    unpack,
+    write_archive,
+)
 from airflow_mlpipelines.compute.kubernetes.channel import ChannelError
 from airflow_mlpipelines.compute.kubernetes.pod import (
     label_value,
@@ -23,7 +29,6 @@ from airflow_mlpipelines.compute.kubernetes.pod import (
     secret_manifest,
 )
 from airflow_mlpipelines.compute.kubernetes.template import lay_over, read_template
-from airflow_mlpipelines.compute.kubernetes.transfer import _archive, _entry, stage_members, unpack
 from airflow_mlpipelines.definition.graph import KubernetesComputeSpec, ResourcesSpec
 from airflow_mlpipelines.exceptions import DataError
 
@@ -201,8 +206,9 @@ def test_what_is_sent_has_the_size_that_was_said_and_all_of_the_stage(tmp_path: 
     (stage.code / "closed").write_text("secret")
     (stage.code / "closed").chmod(0)
     planned = plan_pod(launch, KubernetesComputeSpec(name="c"), image_name="x")
-    entries = [_entry(member, planned) for member in stage_members(stage)]
-    data = b"".join(_archive(entries))
+    entries = make_entries(stage, planned)
+    data = b"".join(write_archive(entries))
+    assert len(data) == archive_size(entries)
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         unpack(archive, tmp_path / "there")
     there = tmp_path / "there" / "code"
