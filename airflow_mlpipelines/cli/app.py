@@ -151,8 +151,9 @@ def run(
     """Run a pipeline in this process, with Airflow's own dag.test()."""
     from airflow_mlpipelines.cli.files import load_pipeline, parse_parameters, parse_regenerate
     from airflow_mlpipelines.submission.experiment import make_conf
-    from airflow_mlpipelines.submission.local import run_in_process
+    from airflow_mlpipelines.submission.local import run_in_process, settle_airflow
 
+    settle_airflow()  # before the file is loaded: to_dag() in it imports Airflow
     chosen = load_pipeline(file, pipeline)
     conf = make_conf(
         parse_parameters(chosen, parameter or ()), parse_regenerate(chosen, regenerate)

@@ -13,6 +13,7 @@ from airflow_mlpipelines.submission.run import PipelineRun
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from airflow.sdk import DAG
 
@@ -22,11 +23,10 @@ _XCOM_BACKEND = "airflow_mlpipelines.xcom.DataReferenceXComBackend"
 _BUNDLE = "dags-folder"
 
 
-def prepare_airflow() -> None:
-    """Make Airflow ready for runs in this process: its settings, and its database.
+def settle_airflow() -> Path:
+    """Give Airflow its settings for runs in this process; return where its database is to be.
 
-    The database is SQLite below ``$AIRFLOW_HOME/mlpipelines``, apart from that of an Airflow whose home
-    this may be; it is made when it is not there. Airflow reads its settings when it is first imported.
+    Airflow reads them when it is first imported, which a DAG file does: so this comes before it is loaded.
 
     Raises:
         SubmissionError: Airflow was imported before, with settings that do not fit.
@@ -50,7 +50,19 @@ def prepare_airflow() -> None:
         _check_settings(wanted)
     os.environ.update(wanted)
     warnings.filterwarnings("ignore", message=".*starlette.testclient.*")  # Airflow's own affair
-    _make_database(home)
+    return home
+
+
+def prepare_airflow() -> None:
+    """Make Airflow ready for runs in this process: its settings, and its database.
+
+    The database is SQLite below ``$AIRFLOW_HOME/mlpipelines``, apart from that of an Airflow whose home
+    this may be; it is made when it is not there.
+
+    Raises:
+        SubmissionError: Airflow was imported before, with settings that do not fit.
+    """
+    _make_database(settle_airflow())
 
 
 def _check_settings(wanted: Mapping[str, str]) -> None:
@@ -66,7 +78,7 @@ def _check_settings(wanted: Mapping[str, str]) -> None:
         )
 
 
-def _make_database(home: Any) -> None:
+def _make_database(home: Path) -> None:
     from filelock import FileLock
 
     ready = home / "database-ready"

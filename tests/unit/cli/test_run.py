@@ -99,6 +99,20 @@ def test_a_run_ends_with_json_of_what_its_steps_did(first):
 
 
 @pytest.mark.airflow
+def test_a_dag_file_runs_as_it_stands(desk):
+    file = Path(__file__).parents[3] / "dags" / "first_pipeline.py"  # it ends with to_dag()
+
+    done = desk.call("run", str(file), "--json")
+
+    assert done.code == 0, done.err
+    steps = json.loads(done.out.splitlines()[-1])["steps"]
+    assert {step["name"]: step["state"] for step in steps} == {
+        "count.py": "ran",
+        "publish.py": "ran",
+    }
+
+
+@pytest.mark.airflow
 def test_the_same_run_again_reuses_every_step(first, second):
     assert second.code == 0, second.err
     before = {step["name"]: step["outputs"] for step in first.json["steps"]}
