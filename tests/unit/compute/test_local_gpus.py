@@ -229,6 +229,7 @@ def test_a_step_that_is_killed_while_it_waits_leaves_the_queue(machine: Machine)
     machine.start("killed", 2, BEATS)
     wait_until(machine.is_waiting("killed"))
     machine.workers["killed"].kill()
+    machine.workers["killed"].join(10)  # its place in the queue is free once it is dead
     last = machine.bench("last")
     machine.run(last, PRINTS_ITS_GPUS, 2)
     assert "holder" in last.lines[0]
