@@ -153,7 +153,8 @@ def run(
     from airflow_mlpipelines.submission.experiment import make_conf
     from airflow_mlpipelines.submission.local import run_in_process, settle_airflow
 
-    settle_airflow()  # before the file is loaded: to_dag() in it imports Airflow
+    if "airflow.configuration" not in sys.modules:  # to_dag() in the file is going to import it
+        settle_airflow()
     chosen = load_pipeline(file, pipeline)
     conf = make_conf(
         parse_parameters(chosen, parameter or ()), parse_regenerate(chosen, regenerate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -63,7 +64,8 @@ class Answer:
 def mlpipelines(monkeypatch, capsys):
     """Call ``mlpipelines`` as the console script does, in this process."""
 
-    # Else the command sets it, for the tests that follow too.
+    # Else the command gives Airflow its settings, for the tests that follow too.
+    importlib.import_module("airflow.configuration")
     monkeypatch.setenv("AIRFLOW__LOGGING__LOGGING_LEVEL", "WARNING")
 
     def call(*arguments: object) -> Answer:
