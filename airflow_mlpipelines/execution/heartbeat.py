@@ -52,10 +52,14 @@ class HeldLease:
         )
         self._thread.start()
 
-    def release(self) -> None:
-        """Give it back, as part of the transaction that is open, if one is."""
+    def stop_renewing(self) -> None:
+        """End the thread. It has to come before a transaction: the thread would wait for its end, and it for the thread."""
         self._over.set()
         self._thread.join(timeout=5)
+
+    def release(self) -> None:
+        """Give it back, as part of the transaction that is open, if one is."""
+        self.stop_renewing()
         self._leases.release(self._lease)
         self.released = True
 

@@ -185,6 +185,8 @@ class StepRunner:
         self, fingerprint: Fingerprint | None, result: StepResult, lease: HeldLease | None = None
     ) -> None:
         """Remember what was made, note what happened and give the lease back: all of it, or nothing."""
+        if lease is not None:
+            lease.stop_renewing()
         with self._services.index.writing():
             if fingerprint is not None and result.made_now:
                 self._remember(fingerprint, result)
