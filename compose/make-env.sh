@@ -7,10 +7,17 @@ set -eu
 hex() { od -An -N "$1" -tx1 /dev/urandom | tr -d ' \n'; }
 
 socket="${DOCKER_SOCKET:-/var/run/docker.sock}"
-# Docker Desktop and rootless daemons give their sockets to group 0, as the containers see them.
-group="$(stat -L -c %g "$socket" 2>/dev/null || echo 0)"
+# In the containers of Docker Desktop, and of a rootless daemon, the socket belongs to group 0.
+group=0
+user=50000
+case "$(stat -L -c %u "$socket" 2>/dev/null || echo desktop)" in
+  0) group="$(stat -L -c %g "$socket")" ;;
+  desktop) ;;
+  *) user=0 ;; # which is the daemon's own user, on the host, and the one that steps run as
+esac
 
 cat <<END
+AIRFLOW_UID=$user
 AIRFLOW_PASSWORD=$(hex 12)
 AIRFLOW_SECRET=$(hex 32)
 AIRFLOW_FERNET_KEY=$(head -c 32 /dev/urandom | base64 | tr '+/' '-_')

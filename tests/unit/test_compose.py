@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -70,11 +71,31 @@ def test_every_password_and_key_is_the_deployment_s_own(env_file):
         subprocess.run(["sh", script], capture_output=True, text=True, check=True).stdout
     )
 
-    assert needed == first.keys() - {"DOCKER_SOCKET", "DOCKER_GID"}
+    assert needed == first.keys() - {"AIRFLOW_UID", "DOCKER_SOCKET", "DOCKER_GID"}
     for name in needed:
         assert len(first[name]) >= 16
         assert first[name] != second[name]
     Fernet(first["AIRFLOW_FERNET_KEY"])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize(
+    ("owner", "expected"), [((0, 998), ("50000", "998")), ((1000, 1000), ("0", "0"))]
+)
+def test_the_workers_may_use_the_socket_of_a_daemon_of_root_or_of_a_user(tmp_path, owner, expected):
+    stand_in = tmp_path / "docker.sock"
+    stand_in.touch()
+    os.chown(stand_in, *owner)
+    done = subprocess.run(
+        ["sh", ROOT / "compose" / "make-env.sh"],
+        env={**os.environ, "DOCKER_SOCKET": str(stand_in)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    made = read_env(done.stdout)
+
+    assert (made["AIRFLOW_UID"], made["DOCKER_GID"]) == expected
 
 
 def test_steps_are_on_the_network_and_the_image_that_the_file_makes():
