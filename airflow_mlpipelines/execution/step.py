@@ -1,4 +1,4 @@
-"""Carrying out one step: look up, take the lease, stage, launch, commit. Knows no Airflow."""
+"""Carrying out one step: look up, take the lease, have it made, remember it. Knows no Airflow."""
 
 from __future__ import annotations
 
@@ -12,20 +12,9 @@ from airflow_mlpipelines.caching.decision import Decision, MissReason
 from airflow_mlpipelines.caching.explain import explain_miss
 from airflow_mlpipelines.caching.fingerprint import step_fingerprint
 from airflow_mlpipelines.caching.index import CacheEntry, StepRunRecord
-from airflow_mlpipelines.compute.base import StepLaunch
-from airflow_mlpipelines.definition.graph import ParameterRef
 from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
 from airflow_mlpipelines.execution.heartbeat import LeaseHeldError, hold_lease
-from airflow_mlpipelines.execution.staging import (
-    FetchedData,
-    commit_outputs,
-    fill_stage,
-    keep_run_files,
-    link_inputs,
-    locate_workplace,
-)
-from airflow_mlpipelines.runtime.contract import render_arguments, step_environment
-from airflow_mlpipelines.runtime.metrics import read_metrics
+from airflow_mlpipelines.execution.program import StepProgram
 from airflow_mlpipelines.storage.transfer import missing_artifacts
 
 if TYPE_CHECKING:
@@ -34,11 +23,10 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.caching.decision import RunPlan
     from airflow_mlpipelines.caching.fingerprint import Fingerprint
     from airflow_mlpipelines.caching.index import MetadataIndex
-    from airflow_mlpipelines.compute.base import Emit, HandleStore, Launcher, ResolvedEnvironment
+    from airflow_mlpipelines.compute.base import Emit, HandleStore, Launcher
     from airflow_mlpipelines.definition.graph import PipelineGraph, StepSpec
     from airflow_mlpipelines.execution.heartbeat import HeldLease
     from airflow_mlpipelines.execution.identity import TaskIdentity
-    from airflow_mlpipelines.execution.staging import Workplace
     from airflow_mlpipelines.storage.artifact import Artifact
     from airflow_mlpipelines.storage.blobs import BlobCache
     from airflow_mlpipelines.storage.stat_cache import StatCache
@@ -306,129 +294,15 @@ class StepRunner:
 
     def _make_outputs(self, held: ExitStack) -> tuple[dict[str, Artifact], dict[str, Any]]:
         """Run the program; return what it made, committed, and the metrics that it logged."""
-        step, services, identity = self._step, self._services, self._identity
-        launcher = services.launcher
-        launcher.check_resources(step.name, step.resources)
-        environment = launcher.prepare_environment(
-            step.environment, self._resolve_environment(), emit=services.emit
-        )
-        workplace = locate_workplace(
-            step,
-            services.stores,
-            step_run_id=identity.step_run_id,
-            directory=identity.directory(self._graph.name, step.id),
-        )
-        workplace = fill_stage(
-            workplace,
-            step,
-            services.stores,
-            snapshot=self._plan.snapshots.get(step.id),
+        program = StepProgram(
+            self._step,
+            self._graph,
+            identity=self._identity,
+            plan=self._plan,
             inputs=self._inputs,
-            # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
-            fetched=FetchedData(
-                services.blobs, held, link=self._graph.computes[step.compute].type == "docker"
-            ),
-            adopt=launcher.recover(identity.step_run_id, services.handle),
+            services=self._services,
         )
-        try:
-            metrics = self._launch(workplace, environment)
-            outputs = commit_outputs(
-                workplace,
-                step,
-                services.stores,
-                step_run_id=identity.step_run_id,
-                cache=services.cache,
-                blobs=services.blobs,
-            )
-        except (StepFailedError, DataError):
-            workplace.remove()
-            raise
-        # Any other error may leave a program alive that the next try adopts, with these directories.
-        workplace.remove()
-        return outputs, metrics
-
-    def _resolve_environment(self) -> ResolvedEnvironment:
-        """Return the environment that the plan names, also if a tag has moved since, where that can be had."""
-        step, services = self._step, self._services
-        resolved = services.launcher.resolve_environment(step.environment)
-        planned = self._plan.environments[step.id]
-        known = self._plan.steps[step.id].miss is not MissReason.NOT_CACHEABLE
-        if not known or resolved.digest == planned:
-            return resolved
-        description = services.index.get_contents([planned]).get(planned)
-        if description is None:
-            return resolved
-        recalled = services.launcher.recall_environment(step.environment, description)
-        if recalled is None:
-            return resolved
-        if recalled.digest != planned:
-            raise EnvironmentBuildError(
-                f"step {step.name!r}: local files that its environment is built from have changed since this run "
-                "was planned. Clear the run's first task, and what comes after it, to plan anew."
-            )
-        services.emit(
-            "The image's tag has moved since this run was planned: the run keeps its image"
-        )
-        return recalled
-
-    def _launch(self, workplace: Workplace, environment: ResolvedEnvironment) -> dict[str, Any]:
-        """Run the program to its end and return the metrics that it logged."""
-        step, services, identity = self._step, self._services, self._identity
-        paths = services.launcher.process_paths(workplace.stage, environment)
-        parameters = self._plan.parameters
-        params = {
-            name: parameters[value.name] if isinstance(value, ParameterRef) else value
-            for name, value in step.params.items()
-        }
-        inputs = {
-            item.name: paths.inputs.get(item.name, f"{paths.run}/absent/{item.name}")
-            for item in step.inputs
-        }
-        for item in step.inputs:
-            artifact = self._inputs[item.name]
-            if item.mode == "direct" and artifact is not None:
-                inputs[item.name] = artifact.uri
-        link_inputs(workplace.stage, step, paths)
-        argv = render_arguments(
-            (*step.command, *step.arguments),
-            inputs=inputs,
-            outputs=paths.outputs,
-            parameters=parameters,
-        )
-        if step.script is not None:
-            argv = [paths.python, step.script, *argv]
-        if step.distributed is not None:
-            gang = step.distributed.model_dump_json()
-            argv = [paths.python, "-m", "airflow_mlpipelines.runtime.gang", gang, "--", *argv]
-        variables = step_environment(
-            run_id=identity.step_run_id,
-            step=step.name,
-            pipeline=self._graph.name,
-            run_directory=paths.run,
-            runtime=paths.runtime,
-            inputs=inputs,
-            outputs=paths.outputs,
-            params=params,
-        )
-        spec = step.environment
-        own = {**(spec.environment_variables if spec else {}), **step.environment_variables}
-        launch = StepLaunch(
-            step_run_id=identity.step_run_id,
-            step_name=step.name,
-            argv=tuple(argv),
-            env={**variables, **own},
-            secrets=services.secrets,
-            stage=workplace.stage,
-            resources=step.resources,
-            image=environment.image,
-            timeout_seconds=step.timeout_seconds,
-            labels=identity.labels,
-        )
-        try:
-            services.launcher.run(launch, emit=services.emit, handle=services.handle)
-            return read_metrics(workplace.stage.run)
-        finally:
-            keep_run_files(workplace, services.stores)
+        return program.run(held)
 
     def _remember(self, fingerprint: Fingerprint, result: StepResult) -> None:
         self._services.index.put_entry(

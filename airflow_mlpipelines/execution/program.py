@@ -1,0 +1,191 @@
+"""The program of a step run: its environment prepared, its directories filled, launched, its outputs committed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from airflow_mlpipelines.caching.decision import MissReason
+from airflow_mlpipelines.compute.base import StepLaunch
+from airflow_mlpipelines.definition.graph import ParameterRef
+from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
+from airflow_mlpipelines.execution.staging import (
+    FetchedData,
+    commit_outputs,
+    fill_stage,
+    keep_run_files,
+    link_inputs,
+    locate_workplace,
+)
+from airflow_mlpipelines.runtime.contract import render_arguments, step_environment
+from airflow_mlpipelines.runtime.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import ExitStack
+
+    from airflow_mlpipelines.caching.decision import RunPlan
+    from airflow_mlpipelines.compute.base import ResolvedEnvironment
+    from airflow_mlpipelines.definition.graph import PipelineGraph, StepSpec
+    from airflow_mlpipelines.execution.identity import TaskIdentity
+    from airflow_mlpipelines.execution.staging import Workplace
+    from airflow_mlpipelines.execution.step import Services
+    from airflow_mlpipelines.storage.artifact import Artifact
+
+
+class StepProgram:
+    """Runs the program of one step run. One instance serves one try."""
+
+    def __init__(
+        self,
+        step: StepSpec,
+        graph: PipelineGraph,
+        *,
+        identity: TaskIdentity,
+        plan: RunPlan,
+        inputs: Mapping[str, Artifact | None],
+        services: Services,
+    ) -> None:
+        self._step = step
+        self._graph = graph
+        self._identity = identity
+        self._plan = plan
+        self._inputs = inputs
+        self._services = services
+
+    def run(self, held: ExitStack) -> tuple[dict[str, Artifact], dict[str, Any]]:
+        """Run the program; return what it made, committed, and the metrics that it logged.
+
+        Args:
+            held: Keeps what the step uses of this machine's blobs until it is closed.
+
+        Raises:
+            StepFailedError: The program failed.
+            ComputeUnavailableError: Its compute was away, or took it down.
+            EnvironmentBuildError: Its environment can't be had.
+            DataError: An input can't be had, or an output was not made.
+        """
+        step, services, identity = self._step, self._services, self._identity
+        launcher = services.launcher
+        launcher.check_resources(step.name, step.resources)
+        environment = launcher.prepare_environment(
+            step.environment, self._resolve_environment(), emit=services.emit
+        )
+        workplace = locate_workplace(
+            step,
+            services.stores,
+            step_run_id=identity.step_run_id,
+            directory=identity.directory(self._graph.name, step.id),
+        )
+        workplace = fill_stage(
+            workplace,
+            step,
+            services.stores,
+            snapshot=self._plan.snapshots.get(step.id),
+            inputs=self._inputs,
+            # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
+            fetched=FetchedData(
+                services.blobs, held, link=self._graph.computes[step.compute].type == "docker"
+            ),
+            adopt=launcher.recover(identity.step_run_id, services.handle),
+        )
+        try:
+            metrics = self._launch(workplace, environment)
+            outputs = commit_outputs(
+                workplace,
+                step,
+                services.stores,
+                step_run_id=identity.step_run_id,
+                cache=services.cache,
+                blobs=services.blobs,
+            )
+        except (StepFailedError, DataError):
+            workplace.remove()
+            raise
+        # Any other error may leave a program alive that the next try adopts, with these directories.
+        workplace.remove()
+        return outputs, metrics
+
+    def _resolve_environment(self) -> ResolvedEnvironment:
+        """Return the environment that the plan names, also if a tag has moved since, where that can be had."""
+        step, services = self._step, self._services
+        resolved = services.launcher.resolve_environment(step.environment)
+        planned = self._plan.environments[step.id]
+        known = self._plan.steps[step.id].miss is not MissReason.NOT_CACHEABLE
+        if not known or resolved.digest == planned:
+            return resolved
+        description = services.index.get_contents([planned]).get(planned)
+        if description is None:
+            return resolved
+        recalled = services.launcher.recall_environment(step.environment, description)
+        if recalled is None:
+            return resolved
+        if recalled.digest != planned:
+            raise EnvironmentBuildError(
+                f"step {step.name!r}: local files that its environment is built from have changed since this run "
+                "was planned. Clear the run's first task, and what comes after it, to plan anew."
+            )
+        services.emit(
+            "The image's tag has moved since this run was planned: the run keeps its image"
+            if resolved.cacheable
+            else f"The run keeps the image that it was planned with: {resolved.problem}"
+        )
+        return recalled
+
+    def _launch(self, workplace: Workplace, environment: ResolvedEnvironment) -> dict[str, Any]:
+        """Run the program to its end and return the metrics that it logged."""
+        step, services, identity = self._step, self._services, self._identity
+        paths = services.launcher.process_paths(workplace.stage, environment)
+        parameters = self._plan.parameters
+        params = {
+            name: parameters[value.name] if isinstance(value, ParameterRef) else value
+            for name, value in step.params.items()
+        }
+        inputs = {
+            item.name: paths.inputs.get(item.name, f"{paths.run}/absent/{item.name}")
+            for item in step.inputs
+        }
+        for item in step.inputs:
+            artifact = self._inputs[item.name]
+            if item.mode == "direct" and artifact is not None:
+                inputs[item.name] = artifact.uri
+        link_inputs(workplace.stage, step, paths)
+        argv = render_arguments(
+            (*step.command, *step.arguments),
+            inputs=inputs,
+            outputs=paths.outputs,
+            parameters=parameters,
+        )
+        if step.script is not None:
+            argv = [paths.python, step.script, *argv]
+        if step.distributed is not None:
+            gang = step.distributed.model_dump_json()
+            argv = [paths.python, "-m", "airflow_mlpipelines.runtime.gang", gang, "--", *argv]
+        variables = step_environment(
+            run_id=identity.step_run_id,
+            step=step.name,
+            pipeline=self._graph.name,
+            run_directory=paths.run,
+            runtime=paths.runtime,
+            inputs=inputs,
+            outputs=paths.outputs,
+            params=params,
+        )
+        spec = step.environment
+        own = {**(spec.environment_variables if spec else {}), **step.environment_variables}
+        launch = StepLaunch(
+            step_run_id=identity.step_run_id,
+            step_name=step.name,
+            argv=tuple(argv),
+            env={**variables, **own},
+            secrets=services.secrets,
+            stage=workplace.stage,
+            resources=step.resources,
+            image=environment.image,
+            timeout_seconds=step.timeout_seconds,
+            labels=identity.labels,
+        )
+        try:
+            services.launcher.run(launch, emit=services.emit, handle=services.handle)
+            return read_metrics(workplace.stage.run)
+        finally:
+            keep_run_files(workplace, services.stores)
