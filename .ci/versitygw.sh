@@ -9,6 +9,6 @@ cache="${XDG_CACHE_HOME:-$HOME/.cache}/mlpipelines-tests/versitygw-$version"
 command -v go >/dev/null || PATH="$PATH:/usr/local/go/bin" # where Go's own installer puts it
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-GOBIN="$work" go install "github.com/versity/versitygw/cmd/versitygw@v$version"
+GOBIN="$work" CGO_ENABLED=0 go install "github.com/versity/versitygw/cmd/versitygw@v$version"
 mkdir -p "$cache"
 mv "$work/versitygw" "$cache/versitygw"

@@ -10,7 +10,6 @@ from tests.integration.compose.deployment import (
     BUILD_SECONDS,
     Deployment,
     find_compose,
-    find_programs,
     make_images,
 )
 from tests.parts import require_docker
@@ -31,10 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="package")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     require_docker()
-    programs = find_programs()
-    make_images(programs)
+    compose = find_compose()
+    make_images(compose)
     folder: Path = tmp_path_factory.mktemp("compose")
-    made = Deployment(find_compose(programs), folder)
+    made = Deployment(compose, folder)
     try:
         made.start()
         yield made
