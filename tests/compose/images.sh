@@ -5,14 +5,12 @@
 # same name is made from distribution packages, PyPI and Go modules: PostgreSQL and Redis in whatever version Debian has.
 # A stand-in carries a label, so that it is told from the image that it stands for, and made anew when its recipe changes.
 #
-# Usage: images.sh [COMPOSE]    The program docker-compose, where the Docker client has no `docker compose`.
+# Usage: images.sh FOLDER    The folder that build.sh prints.
 set -euo pipefail
 
 recipe=3 # raise it when a stand-in is made in another way
 label=airflow-mlpipelines.stand-in
-compose=("${1:-docker}")
-[ $# -gt 0 ] || compose+=(compose)
-caches="${XDG_CACHE_HOME:-$HOME/.cache}/mlpipelines-tests"
+programs="${1:?usage: images.sh FOLDER}"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
 version="$(sed -n 's/^FROM apache\/airflow:\(.*\)-python.*/\1/p' "$root/Dockerfile")"
@@ -36,6 +34,8 @@ get() { # an image; true if there is nothing left to do
 }
 
 make() { # stage of the Dockerfile, image
+  local compose=(docker compose)
+  "${compose[@]}" version >/dev/null 2>&1 || compose=("$programs/docker-compose")
   DOCKER_BUILDKIT=1 COMPOSE_BAKE=false "${compose[@]}" --file "$work/build.yml" --project-name mlpipelines-stand-ins build --quiet "$1"
 }
 
@@ -65,26 +65,20 @@ install_airflow() { # image
 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$caches"
-exec 9>"$caches/images.lock"
+exec 9>"${XDG_CACHE_HOME:-$HOME/.cache}/mlpipelines-tests/images.lock"
 flock 9 # another session may be making the same
 
 "$root/.ci/python-image.sh"
-cp "$here"/stand-ins/* "$work/"
+"$root/.ci/busybox-image.sh"
+cp "$here"/stand-ins/* "$("$root/.ci/versitygw.sh")" "$work/"
 for stage in postgres redis versitygw airflow; do
   case "$stage" in
     postgres) image=postgres:16 ;;
     redis) image=redis:7 ;;
-    versitygw)
-      image="$(sed -n 's/.*image: \(.*versitygw.*\)/\1/p' "$root/docker-compose.yml")"
-      ;;
+    versitygw) image="$(sed -n 's/.*image: \(.*versitygw.*\)/\1/p' "$root/docker-compose.yml")" ;;
     airflow) image="apache/airflow:$version-python3.11" ;;
   esac
   get "$image" && continue
-  if [ "$stage" = versitygw ]; then
-    "$root/.ci/versitygw.sh"
-    cp "$caches/versitygw-${image##*:v}/versitygw" "$work/"
-  fi
   made="$image"
   [ "$stage" != airflow ] || made=mlpipelines-stand-ins-airflow
   printf 'services:\n  %s:\n    build: {context: ., target: %s, labels: {%s: "%s"}}\n    image: %s\n' \

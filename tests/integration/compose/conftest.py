@@ -10,6 +10,7 @@ from tests.integration.compose.deployment import (
     BUILD_SECONDS,
     Deployment,
     find_compose,
+    find_programs,
     make_images,
 )
 from tests.parts import require_docker
@@ -30,10 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="package")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     require_docker()
-    compose = find_compose()
-    make_images(compose)
+    programs = find_programs()
+    make_images(programs)
     folder: Path = tmp_path_factory.mktemp("compose")
-    made = Deployment(compose, folder)
+    made = Deployment(find_compose(programs), folder)
     try:
         made.start()
         yield made

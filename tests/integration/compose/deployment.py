@@ -29,23 +29,29 @@ _AIRFLOW = ("scheduler", "dag-processor", "triggerer", "worker")
 _MEMBER = "com.docker.compose.project"
 
 
-def find_compose() -> list[str]:
-    """Return the command of docker compose: the machine's own, else one built from its Go module; or skip."""
-    own = ["docker", "compose"]
-    if subprocess.run([*own, "version"], capture_output=True).returncode == 0:
-        return own
+def find_programs() -> Path:
+    """Return the folder with what the test needs that no package brings; build it if need be, or skip."""
+    if shutil.which("go") is None:
+        os.environ["PATH"] += ":/usr/local/go/bin"  # where Go's own installer puts it
     done = subprocess.run(
         [PARTS / "build.sh"], stdout=subprocess.PIPE, text=True, timeout=BUILD_SECONDS
     )
     if done.returncode != 0:
-        missing("no docker compose, and tests/compose/build.sh could not build it; it says why")
-    return [done.stdout.strip()]
+        missing("tests/compose/build.sh could not build docker compose; it says why")
+    return Path(done.stdout.strip())
 
 
-def make_images(compose: list[str]) -> None:
+def find_compose(programs: Path) -> list[str]:
+    """Return the command of docker compose: the machine's own, else the one that was built."""
+    own = ["docker", "compose"]
+    if subprocess.run([*own, "version"], capture_output=True).returncode == 0:
+        return own
+    return [str(programs / "docker-compose")]
+
+
+def make_images(programs: Path) -> None:
     """Leave the base images on the daemon, or skip."""
-    built = compose if compose[0] != "docker" else []
-    done = subprocess.run([PARTS / "images.sh", *built], timeout=BUILD_SECONDS)
+    done = subprocess.run([PARTS / "images.sh", programs], timeout=BUILD_SECONDS)
     if done.returncode != 0:
         missing("tests/compose/images.sh could not make the base images; it says why")
 
