@@ -9,9 +9,8 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.compute.base import Launcher, ResolvedEnvironment, digest_variables
+from airflow_mlpipelines.compute.base import Launcher
 from airflow_mlpipelines.compute.container_layout import container_paths
-from airflow_mlpipelines.compute.docker.images import image_name, pinned_image
 from airflow_mlpipelines.compute.kubernetes.attending import PodAttendant, Stops
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     PATIENCE_SECONDS,
@@ -22,6 +21,7 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
 )
 from airflow_mlpipelines.compute.kubernetes.detaching import PodNews
 from airflow_mlpipelines.compute.kubernetes.failures import PodLostError, lost_unseen, refusal
+from airflow_mlpipelines.compute.kubernetes.images import PodImages
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
     KILL_SECONDS,
     adoptable,
@@ -39,7 +39,15 @@ from airflow_mlpipelines.exceptions import DataError, StepFailedError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from airflow_mlpipelines.compute.base import Emit, HandleStore, ProcessPaths, Stage, StepLaunch
+    from airflow_mlpipelines.compute.base import (
+        Emit,
+        HandleStore,
+        ProcessPaths,
+        ResolvedEnvironment,
+        Stage,
+        StepLaunch,
+    )
+    from airflow_mlpipelines.compute.built_images import ImageDefinition
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
     from airflow_mlpipelines.definition.graph import EnvironmentSpec, KubernetesComputeSpec
@@ -64,7 +72,7 @@ class KubernetesLauncher(Launcher):
     def __init__(self, compute: KubernetesComputeSpec) -> None:
         self._compute = compute
         self._token = uuid.uuid4().hex
-        self._image_name: str | None = None
+        self._images = PodImages(compute)
         self._name: str | None = None
         self._stops = Stops()
 
@@ -76,39 +84,43 @@ class KubernetesLauncher(Launcher):
     # ---- the environment -------------------------------------------------------------------
 
     def resolve_environment(self, environment: EnvironmentSpec | None) -> ResolvedEnvironment:
-        """Return the image by digest if its name says one.
+        """Return the image by digest: as its name says, or as its registry does.
 
-        What a tag means is up to the registry, and to what each node has pulled earlier: such a step runs,
-        but nothing of it is reused.
+        One that has to be built is known by its definition. Where the registry does not tell, the step runs by
+        its tag, but nothing of it is reused: a tag may mean another image on every node and every day.
         """
-        name = image_name(environment, self._compute)
-        pinned = pinned_image(name)
-        problem = None
-        if pinned is None:
-            problem = (
-                f"image {name!r} is named by a tag, which may mean another image on every node and every day. "
-                "Name it by its digest (repository@sha256:…; the step's log says it), so that the step can be "
-                "reused."
-            )
-        return ResolvedEnvironment(
-            description={
-                "kind": "image",
-                "image": name,
-                "digest": pinned.digest if pinned is not None else None,
-                "variables": digest_variables(environment),
-            },
-            image=name,
-            cacheable=pinned is not None,
-            problem=problem,
-        )
+        return self._images.resolve(environment)
 
     def prepare_environment(
         self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment, *, emit: Emit
     ) -> ResolvedEnvironment:
-        """Return ``resolved`` as it is: the node pulls the image."""
-        del emit
-        self._image_name = image_name(environment, self._compute)
-        return resolved
+        """Return ``resolved`` with an image that the node can pull: one to be built is in the registry now.
+
+        Raises:
+            EnvironmentBuildError: It can't be built, or not be pushed.
+            ComputeUnavailableError: The registry, or the daemon that is to build it, does not answer.
+        """
+        return self._images.prepare(environment, resolved, emit=emit, guard=self.build_guard)
+
+    def recall_environment(
+        self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
+    ) -> ResolvedEnvironment | None:
+        """Return the image, or the definition on its bases, that the description names by digest."""
+        return self._images.recall(environment, description)
+
+    def is_prepared(
+        self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment
+    ) -> bool | None:
+        """Return whether the registry has the image."""
+        return self._images.is_prepared(environment, resolved)
+
+    def define_image(self, environment: EnvironmentSpec) -> ImageDefinition:
+        """Return the image to be built for an environment.
+
+        Raises:
+            EnvironmentBuildError: It has no base, can't be built anywhere, or could be kept nowhere.
+        """
+        return self._images.define(environment)
 
     def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:
         """Return the places of ``stage`` below ``/mlp``."""
@@ -191,7 +203,7 @@ class KubernetesLauncher(Launcher):
                 own.delete("pods", name, seconds=KILL_SECONDS, uid=pod["metadata"]["uid"])
 
     def _plan(self, launch: StepLaunch) -> PodSpec:
-        image = self._image_name or launch.image or ""
+        image = self._images.name or launch.image or ""
         spec = plan_pod(launch, self._compute, image_name=image)
         if self._compute.pod_template_file is not None:
             try:
