@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.caching.decision import MissReason
-from airflow_mlpipelines.compute.base import StepLaunch
+from airflow_mlpipelines.compute.base import DetachedError, RelaunchError, StepLaunch
 from airflow_mlpipelines.definition.graph import ParameterRef
 from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
 from airflow_mlpipelines.execution.staging import (
@@ -44,6 +45,7 @@ class StepProgram:
         plan: RunPlan,
         inputs: Mapping[str, Artifact | None],
         services: Services,
+        news: Mapping[str, Any] | None = None,
     ) -> None:
         self._step = step
         self._graph = graph
@@ -51,6 +53,7 @@ class StepProgram:
         self._plan = plan
         self._inputs = inputs
         self._services = services
+        self._news = news
 
     def run(self, held: ExitStack) -> tuple[dict[str, Artifact], dict[str, Any]]:
         """Run the program; return what it made, committed, and the metrics that it logged.
@@ -59,6 +62,7 @@ class StepProgram:
             held: Keeps what the step uses of this machine's blobs until it is closed.
 
         Raises:
+            DetachedError: The program goes on without this worker.
             StepFailedError: The program failed.
             ComputeUnavailableError: Its compute was away, or took it down.
             EnvironmentBuildError: Its environment can't be had.
@@ -70,23 +74,36 @@ class StepProgram:
         environment = launcher.prepare_environment(
             step.environment, self._resolve_environment(), emit=services.emit
         )
+        adopt = launcher.recover(identity.step_run_id, services.handle)
+        while True:
+            try:
+                return self._run_once(environment, held, adopt=adopt)
+            except RelaunchError as error:
+                services.emit(str(error))
+                time.sleep(error.pause)
+            adopt, self._news = False, None
+
+    def _run_once(
+        self, environment: ResolvedEnvironment, held: ExitStack, *, adopt: bool
+    ) -> tuple[dict[str, Artifact], dict[str, Any]]:
+        step, services, identity = self._step, self._services, self._identity
         workplace = locate_workplace(
             step,
             services.stores,
             step_run_id=identity.step_run_id,
             directory=identity.directory(self._graph.name, step.id),
         )
+        # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
+        link = self._graph.computes[step.compute].type == "docker"
+        has_inputs = adopt and services.launcher.carries_files
         workplace = fill_stage(
             workplace,
             step,
             services.stores,
             snapshot=self._plan.snapshots.get(step.id),
             inputs=self._inputs,
-            # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
-            fetched=FetchedData(
-                services.blobs, held, link=self._graph.computes[step.compute].type == "docker"
-            ),
-            adopt=launcher.recover(identity.step_run_id, services.handle),
+            fetched=None if has_inputs else FetchedData(services.blobs, held, link=link),
+            adopt=adopt,
         )
         try:
             metrics = self._launch(workplace, environment)
@@ -98,7 +115,7 @@ class StepProgram:
                 cache=services.cache,
                 blobs=services.blobs,
             )
-        except (StepFailedError, DataError):
+        except (StepFailedError, DataError, DetachedError, RelaunchError):
             workplace.remove()
             raise
         # Any other error may leave a program alive that the next try adopts, with these directories.
@@ -183,6 +200,8 @@ class StepProgram:
             image=environment.image,
             timeout_seconds=step.timeout_seconds,
             labels=identity.labels,
+            detach=services.may_detach,
+            news=self._news,
         )
         try:
             services.launcher.run(launch, emit=services.emit, handle=services.handle)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlpipelines.compute.base import DetachedError
+from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
 from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError, ClusterLostError
+from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews, PodWatch, Reason
 from airflow_mlpipelines.compute.kubernetes.failures import (
     end_failure,
     is_hopeless,
+    lost_unseen,
     start_failure,
     timeout_failure,
 )
@@ -22,16 +28,19 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     create_pod,
     create_secret,
     discard,
+    has_files,
     take_over,
 )
 from airflow_mlpipelines.compute.kubernetes.logs import LogFollower
-from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
+from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP, label_value
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
 from airflow_mlpipelines.compute.kubernetes.transfer import collect, deliver
 from airflow_mlpipelines.compute.kubernetes.watch import (
+    Observer,
     PodEnd,
     StartTimeoutError,
     StartWatch,
+    StillWaitingError,
     await_removal,
     container_state,
     watch_step,
@@ -41,15 +50,18 @@ from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedEr
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from airflow_mlpipelines.compute.base import Emit, HandleStore, StepLaunch
+    from airflow_mlpipelines.compute.base import Emit, StepLaunch
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
+    from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
     from airflow_mlpipelines.definition.graph import KubernetesComputeSpec
 
 log = logging.getLogger(__name__)
 
 _GONE_SECONDS = 15.0
 _INTERRUPTED_SECONDS = 4.0
+_GIVEN_UP = (Reason.HOPELESS, Reason.UNSCHEDULED, Reason.UNSTARTED)
+"""What a trigger finds by the time that a pod has waited, of which its next worker knows nothing."""
 
 
 class _AdoptedByAnotherError(Exception):
@@ -82,7 +94,7 @@ class PodAttendant:
         spec: PodSpec,
         *,
         token: str,
-        handle: HandleStore,
+        note: PodNote,
         stops: Stops,
     ) -> None:
         """Prepare; nothing is asked of the cluster yet.
@@ -92,15 +104,16 @@ class PodAttendant:
             launch: The step run.
             spec: Its pod.
             token: A word that only this try knows.
-            handle: Where the pod is noted.
+            note: What is noted of the pod.
             stops: Changed by whoever stops the step.
         """
         self._cluster = cluster
         self._launch = launch
         self._spec = spec
         self._token = token
-        self._handle = handle
+        self._note = note
         self._stops = stops
+        self._news = PodNews.from_dict(launch.news) if launch.news is not None else None
 
     @property
     def _compute(self) -> KubernetesComputeSpec:
@@ -110,21 +123,45 @@ class PodAttendant:
         """Return how the step ended; what it made is on the worker then, and the pod is removed.
 
         Args:
-            pod: The pod of an earlier try to go on with; None makes one.
-            emit: Takes the lines of its log, from the first one on.
+            pod: The pod of an earlier worker to go on with; None makes one.
+            emit: Takes the lines of its log, from the first one on, or from where a trigger has stopped.
 
         Raises:
+            DetachedError: It takes long, and goes on without this worker.
             StepFailedError: It did not start, was killed, or is no longer this try's.
             ComputeUnavailableError: It did not start in time.
             ClusterError: The cluster refuses.
             ClusterLostError: It does not answer. A pod that runs is left alone, for the next try to adopt.
         """
+        self._stays_until = self._choose_stay()
         if pod is None:
-            pod = self._create()
+            if self._stops.killed:
+                raise self._was_killed()
+            pod = create_pod(self._cluster, self._spec, self._token)
+            self._prepare(pod, is_new=True)
         else:
             take_over(self._cluster, pod, self._token)
-            log.info("Adopting pod %s of an earlier try, with its log so far:", self._spec.name)
+            if self._news is None:
+                log.info("Adopting pod %s of an earlier try, with its log so far:", self._spec.name)
+            else:
+                log.info("Going on with pod %s: %s", self._spec.name, self._news.reason)
+            if not has_files(pod):
+                self._prepare(pod, is_new=False)
         return self._attend(pod, emit)
+
+    def _choose_stay(self) -> float:
+        """Return until when, by :func:`time.monotonic`, this worker stays with its pod."""
+        if not (self._launch.detach and self._compute.deferrable):
+            return math.inf
+        if self._news is not None and self._news.reason is Reason.UNSEEN:
+            log.warning(
+                "The triggerer could not watch pod %s (%s), so this worker stays with it. Give the triggerer the "
+                "workers' way to the cluster, and the rights to list and watch pods.",
+                self._spec.name,
+                self._news.message,
+            )
+            return math.inf
+        return time.monotonic() + self._compute.defer_after_seconds
 
     def check(self, end: PodEnd, log_tail: tuple[str, ...]) -> None:
         """Return if the step ended well.
@@ -145,44 +182,87 @@ class PodAttendant:
         if code != 0:
             raise end_failure(self._launch.step_name, end, self._spec, log_tail)
 
-    def _create(self) -> Mapping[str, Any]:
-        """Return the pod, whose step may begin; whatever fails on the way leaves none."""
+    def _prepare(self, pod: Mapping[str, Any], *, is_new: bool) -> None:
+        """Let the pod's step begin; whatever fails on the way leaves no pod."""
         cluster, spec = self._cluster, self._spec
-        if self._stops.killed:
-            raise self._was_killed()
-        pod = create_pod(cluster, spec, self._token)
+        uid = pod["metadata"]["uid"]
         try:
             # Noted before anything of the program can run: whatever runs can be found again.
-            self._handle.set({"launcher": "kubernetes", "pod": pod["metadata"]["uid"]})
-            log.info("Pod %s in namespace %s", spec.name, cluster.namespace)
-            if spec.secrets:
-                create_secret(cluster, spec, pod)
-            self._await(lambda found: container_state(found, STAGE)[0] == "running")
+            if is_new:
+                self._note.set(uid)
+                log.info("Pod %s in namespace %s", spec.name, cluster.namespace)
+                if spec.secrets:
+                    create_secret(cluster, spec, pod)
+            try:
+                self._await(lambda found: container_state(found, STAGE)[0] == "running")
+            except StillWaitingError as error:
+                raise self._detach(error.pod, Awaited.FILES) from None
+            self._note.set(uid)
             deliver(cluster, spec, self._launch.stage)
-            return pod
+        except DetachedError:
+            raise
         except BaseException:
             with suppress(ClusterError):
                 discard(cluster, spec, pod, seconds=KILL_SECONDS)
-            self._handle.set(None)
+            self._note.set(None)
             raise
+
+    def _detach(
+        self, pod: Mapping[str, Any], awaits: Awaited, follower: LogFollower | None = None
+    ) -> DetachedError:
+        """Return what to raise to leave the pod to itself."""
+        meta, spec, compute = pod["metadata"], self._spec, self._compute
+        self._note.set(meta["uid"], awaits=awaits.value)
+        what = "waits for its node and images" if awaits is Awaited.FILES else "goes on"
+        log.info("Pod %s %s without a worker; its log follows here", spec.name, what)
+        watch = PodWatch(
+            compute=compute.name,
+            namespace=compute.namespace,
+            conn_id=compute.conn_id,
+            in_cluster=compute.in_cluster,
+            selector=f"{STEP_RUN_LABEL}={label_value(spec.step_run_id)}",
+            pods={spec.name: meta["uid"]},
+            secret=spec.name if spec.secrets else None,
+            awaits=awaits,
+            schedule_seconds=compute.schedule_timeout_seconds,
+            startup_seconds=compute.startup_timeout_seconds,
+            timeout_seconds=self._launch.timeout_seconds,
+            logs={spec.name: follower.to_dict() if follower is not None else self._log_position()},
+        )
+        return DetachedError(watch.to_dict())
+
+    def _log_position(self) -> Mapping[str, Any] | None:
+        """Return how far the pod's log was handed on before this worker came."""
+        return self._news.logs.get(self._spec.name) if self._news is not None else None
 
     def _await(self, done: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any]:
         """Return the pod once ``done``.
 
         Raises:
+            StillWaitingError: This worker has stayed with it for long enough.
             StepFailedError: It will never be, or was killed.
             ComputeUnavailableError: It took too long.
         """
+        reason = self._news.reason if self._news is not None else None
         step, spec, compute = self._launch.step_name, self._spec, self._compute
         watch = StartWatch(
             self._cluster,
             spec.name,
             schedule_seconds=compute.schedule_timeout_seconds,
             startup_seconds=compute.startup_timeout_seconds,
-            is_hopeless=lambda pod, waited: self._stops.killed or is_hopeless(pod, waited),
+            is_hopeless=lambda pod, waited: (
+                self._stops.killed or reason in _GIVEN_UP or is_hopeless(pod, waited)
+            ),
+            patience=self._stays_until,
         )
         try:
             pod = watch.until(done)
+            if (
+                pod is not None
+                and not done(pod)
+                and reason in (Reason.UNSCHEDULED, Reason.UNSTARTED)
+            ):
+                raise StartTimeoutError(pod, scheduled=reason is Reason.UNSTARTED)
         except StartTimeoutError as timeout:
             raise timeout_failure(step, timeout, spec, compute) from timeout
         if self._stops.killed:
@@ -195,13 +275,11 @@ class PodAttendant:
         cluster, spec = self._cluster, self._spec
         over = threading.Event()
         try:
-            pod = self._await(lambda found: container_state(found, STEP)[0] != "waiting")
+            pod = self._await_step()
             if self._launch.timeout_seconds is not None:
                 arguments = (pod, self._launch.timeout_seconds, over)
                 threading.Thread(target=self._enforce_timeout, args=arguments, daemon=True).start()
-            follower = LogFollower(cluster, spec.name, emit)
-            with RunFileRelay(cluster, spec.name, self._launch.stage):
-                end = watch_step(cluster, pod, follower, is_stopped=lambda: bool(self._stops))
+            end = self._follow(pod, emit)
             if not belongs_to(end.pod, self._token):
                 raise _AdoptedByAnotherError
             self._fetch(end)
@@ -209,7 +287,7 @@ class PodAttendant:
             raise StepFailedError(
                 self._launch.step_name, "a later try has adopted its pod, and goes on with it"
             ) from error
-        except (ClusterLostError, ClusterError):
+        except (ClusterLostError, ClusterError, DetachedError):
             raise  # the pod is left alone, for the next try to adopt
         except BaseException as error:
             # Above all a timeout or an interrupt, which Airflow raises in here.
@@ -220,7 +298,7 @@ class PodAttendant:
                     discard(own, spec, pod, seconds=KILL_SECONDS)
                 if not isinstance(error, StepFailedError | ComputeUnavailableError):
                     self._await_removal(own, pod, _INTERRUPTED_SECONDS)
-            self._handle.set(None)
+            self._note.set(None)
             raise
         finally:
             over.set()
@@ -228,8 +306,35 @@ class PodAttendant:
             discard(cluster, spec, pod, seconds=1)
         if self._stops:
             self._await_removal(cluster, pod, _GONE_SECONDS)
-        self._handle.set(None)
+        self._note.set(None)
         return end
+
+    def _await_step(self) -> Mapping[str, Any]:
+        """Return the pod once its step has begun."""
+        try:
+            return self._await(lambda found: container_state(found, STEP)[0] != "waiting")
+        except StillWaitingError as error:
+            raise self._detach(error.pod, Awaited.END) from None
+
+    def _follow(self, pod: Mapping[str, Any], emit: Emit) -> PodEnd:
+        """Hand on the step's log until it ends; return how."""
+        cluster, spec = self._cluster, self._spec
+        follower = LogFollower(cluster, spec.name, emit, self._log_position())
+        with (
+            RunFileRelay(cluster, spec.name, self._launch.stage),
+            Observer(cluster, pod) as observer,
+        ):
+            try:
+                return watch_step(
+                    cluster,
+                    pod,
+                    follower,
+                    observer=observer,
+                    is_stopped=lambda: bool(self._stops),
+                    until=self._stays_until,
+                )
+            except StillWaitingError as error:
+                raise self._detach(error.pod, Awaited.END, follower) from None
 
     def _fetch(self, end: PodEnd) -> None:
         """Bring to the worker what the step has made."""
@@ -241,6 +346,8 @@ class PodAttendant:
         try:
             collect(self._cluster, spec.name, self._launch.stage, with_outputs=succeeded)
         except ClusterError as error:
+            if succeeded and self._cluster.find("pods", spec.name) is None:
+                raise lost_unseen(self._launch.step_name, end.pod) from error
             if succeeded:
                 raise StepFailedError(
                     self._launch.step_name,
