@@ -17,6 +17,7 @@ SHARED_SETTINGS = {
     ("core", "default_task_retries"),
     ("core", "default_task_retry_delay"),
     ("workers", "max_failed_heartbeats"),
+    ("workers", "execution_api_timeout"),
     ("celery_broker_transport_options", "visibility_timeout"),
     ("mlpipelines", "metadata_conn_id"),
 }
