@@ -128,6 +128,9 @@ class KubernetesComputeSpec(SpecModel):
         image: The image of steps whose environment names none.
         helper_image: What carries the files of a step into its pod and out of it: any image with ``sh``, ``tar``
             and ``sha256sum``.
+        agent_image: What carries data between datastores and a pod by itself, past worker and API server: the image
+            of ``images/agent/Dockerfile``, of the workers' release. None lets ``helper_image`` and the worker
+            carry everything.
         security_context: By Kubernetes' own names, those of a pod and those of a container together. What
             it leaves open is as for a user without rights: not root, no capabilities.
         gpu_resource: What the cluster calls its GPUs.
@@ -145,6 +148,7 @@ class KubernetesComputeSpec(SpecModel):
     in_cluster: bool | None = None
     image: str | None = None
     helper_image: str = "busybox:1.36"
+    agent_image: str | None = None
     service_account: str | None = None
     image_pull_secrets: tuple[str, ...] = ()
     node_selector: dict[str, str] = {}

@@ -8,6 +8,7 @@ from airflow_mlpipelines.caching.decision import MissReason
 from airflow_mlpipelines.compute.base import StepLaunch
 from airflow_mlpipelines.definition.graph import ParameterRef
 from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
+from airflow_mlpipelines.execution.carrying import leave_to_compute
 from airflow_mlpipelines.execution.staging import (
     FetchedData,
     commit_outputs,
@@ -76,11 +77,20 @@ class StepProgram:
             step_run_id=identity.step_run_id,
             directory=identity.directory(self._graph.name, step.id),
         )
+        snapshot = self._plan.snapshots.get(step.id)
+        workplace = leave_to_compute(
+            workplace,
+            step,
+            services.stores,
+            snapshot=snapshot,
+            inputs=self._inputs,
+            can_carry=launcher.can_carry,
+        )
         workplace = fill_stage(
             workplace,
             step,
             services.stores,
-            snapshot=self._plan.snapshots.get(step.id),
+            snapshot=snapshot,
             inputs=self._inputs,
             # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
             fetched=FetchedData(
@@ -146,7 +156,7 @@ class StepProgram:
             artifact = self._inputs[item.name]
             if item.mode == "direct" and artifact is not None:
                 inputs[item.name] = artifact.uri
-        link_inputs(workplace.stage, step, paths)
+        link_inputs(workplace, step, paths)
         argv = render_arguments(
             (*step.command, *step.arguments),
             inputs=inputs,
@@ -181,6 +191,7 @@ class StepProgram:
             image=environment.image,
             timeout_seconds=step.timeout_seconds,
             labels=identity.labels,
+            carriage=workplace.carriage,
         )
         try:
             services.launcher.run(launch, emit=services.emit, handle=services.handle)

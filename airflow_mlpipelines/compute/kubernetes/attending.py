@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError, ClusterLostError
+from airflow_mlpipelines.compute.kubernetes.cluster import (
+    PATIENCE_SECONDS,
+    ClusterError,
+    ClusterLostError,
+)
 from airflow_mlpipelines.compute.kubernetes.failures import (
     end_failure,
     is_hopeless,
@@ -34,6 +39,7 @@ from airflow_mlpipelines.compute.kubernetes.watch import (
     StartWatch,
     await_removal,
     container_state,
+    is_leaving,
     watch_step,
 )
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
@@ -50,6 +56,7 @@ log = logging.getLogger(__name__)
 
 _GONE_SECONDS = 15.0
 _INTERRUPTED_SECONDS = 4.0
+_PAUSE = 0.2
 
 
 class _AdoptedByAnotherError(Exception):
@@ -155,7 +162,7 @@ class PodAttendant:
             # Noted before anything of the program can run: whatever runs can be found again.
             self._handle.set({"launcher": "kubernetes", "pod": pod["metadata"]["uid"]})
             log.info("Pod %s in namespace %s", spec.name, cluster.namespace)
-            if spec.secrets:
+            if spec.needs_secret:
                 create_secret(cluster, spec, pod)
             self._await(lambda found: container_state(found, STAGE)[0] == "running")
             deliver(cluster, spec, self._launch.stage)
@@ -195,6 +202,8 @@ class PodAttendant:
         cluster, spec = self._cluster, self._spec
         over = threading.Event()
         try:
+            if self._launch.carriage:
+                self._follow_staging(emit)
             pod = self._await(lambda found: container_state(found, STEP)[0] != "waiting")
             if self._launch.timeout_seconds is not None:
                 arguments = (pod, self._launch.timeout_seconds, over)
@@ -204,7 +213,7 @@ class PodAttendant:
                 end = watch_step(cluster, pod, follower, is_stopped=lambda: bool(self._stops))
             if not belongs_to(end.pod, self._token):
                 raise _AdoptedByAnotherError
-            self._fetch(end)
+            self._fetch(end, emit)
         except _AdoptedByAnotherError as error:
             raise StepFailedError(
                 self._launch.step_name, "a later try has adopted its pod, and goes on with it"
@@ -231,15 +240,32 @@ class PodAttendant:
         self._handle.set(None)
         return end
 
-    def _fetch(self, end: PodEnd) -> None:
-        """Bring to the worker what the step has made."""
+    def _follow_staging(self, emit: Emit) -> None:
+        """Hand on what the agent says until it has ended, however long that takes: as there are data."""
+        follower = LogFollower(self._cluster, self._spec.name, emit, container=STAGE)
+        ended = False
+        while not ended:
+            pod, _ = self._cluster.find_patiently(
+                "pods", self._spec.name, patience=PATIENCE_SECONDS
+            )
+            if pod is None or is_leaving(pod):
+                break
+            ended = container_state(pod, STAGE)[0] == "terminated"
+            with suppress(ClusterError):
+                follower.read(follow=True)
+            if not ended:
+                time.sleep(_PAUSE)
+        follower.finish()
+
+    def _fetch(self, end: PodEnd, emit: Emit) -> None:
+        """Have what the step has made committed, or bring it to the worker."""
         succeeded = end.step is not None and end.step.get("exitCode") == 0 and not self._stops
         spec = self._spec
         image = _image_id(end.pod)
         if image is not None and "@" not in spec.image_name:
             log.info("Image %s was %s", spec.image_name, image)
         try:
-            collect(self._cluster, spec.name, self._launch.stage, with_outputs=succeeded)
+            collect(self._cluster, spec.name, self._launch, emit=emit, with_outputs=succeeded)
         except ClusterError as error:
             if succeeded:
                 raise StepFailedError(

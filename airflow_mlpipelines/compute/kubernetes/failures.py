@@ -16,6 +16,7 @@ from airflow_mlpipelines.compute.docker.failures import (
     COMMAND_NOT_FOUND,
     signal_name,
 )
+from airflow_mlpipelines.compute.kubernetes.agent import staging_failure
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     FORBIDDEN,
     NOT_FOUND,
@@ -114,11 +115,8 @@ def start_failure(
     """Return what to raise for a pod that was over, or hopeless, before its step began."""
     if pod is None or is_leaving(pod) or _disruption(pod):
         return _lost(step, pod, before_start=True)
-    for name, image in (
-        (STAGE, compute.helper_image),
-        (OUTPUTS_KEEPER, compute.helper_image),
-        (STEP, spec.image_name),
-    ):
+    helper = compute.agent_image or compute.helper_image
+    for name, image in ((STAGE, helper), (OUTPUTS_KEEPER, helper), (STEP, spec.image_name)):
         state, facts = container_state(pod, name)
         reason, said = str(facts.get("reason", "")), str(facts.get("message", ""))[:_SHOWN]
         if state == "waiting" and reason in _NEVER_PULLED | _NOT_PULLED:
@@ -131,11 +129,7 @@ def start_failure(
                 retryable=False,
             )
         if state == "terminated" and name == STAGE and facts.get("exitCode") != 0:
-            return StepFailedError(
-                step,
-                f"the container {STAGE!r}, which takes the step's files, ended with exit code "
-                f"{facts.get('exitCode')}. Does its image {image!r} (the compute's helper_image) have sh and tar?",
-            )
+            return staging_failure(facts) or _not_staged(step, facts, compute)
     return _pod_failed(step, pod, spec, ())
 
 
@@ -229,7 +223,9 @@ def _no_image(
     *,
     is_helper: bool,
 ) -> MLPipelinesError:
-    which = f"the image {image!r}" + (" of its helpers (helper_image)" if is_helper else "")
+    which = f"the image {image!r}" + (
+        " of its helpers (helper_image, agent_image)" if is_helper else ""
+    )
     if reason in _NOT_PULLED and not _ABSENT.search(said):
         return ComputeUnavailableError(
             f"step {step!r}: {which} can't be pulled on compute {compute.name!r} ({reason}): {said}. Check the "
@@ -240,6 +236,23 @@ def _no_image(
         f"{which} can't be had on compute {compute.name!r} ({reason}): {said}. Check its name and tag, and the "
         "compute's image_pull_secrets.",
         retryable=False,
+    )
+
+
+def _not_staged(
+    step: str, facts: Mapping[str, Any], compute: KubernetesComputeSpec
+) -> StepFailedError:
+    ended = f"the container {STAGE!r}, which takes the step's files, ended with exit code {facts.get('exitCode')}"
+    if compute.agent_image is None:
+        return StepFailedError(
+            step,
+            f"{ended}. Does its image {compute.helper_image!r} (the compute's helper_image) have sh and tar?",
+        )
+    said = " ".join(str(facts[key]) for key in ("reason", "message") if facts.get(key))[-_SHOWN:]
+    return StepFailedError(
+        step,
+        f"{ended} ({said}). Is its image {compute.agent_image!r} (the compute's agent_image) built from "
+        "images/agent/Dockerfile of the worker's release?",
     )
 
 

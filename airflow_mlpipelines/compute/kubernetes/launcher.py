@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_mlpipelines.compute.base import Launcher, ResolvedEnvironment, digest_variables
 from airflow_mlpipelines.compute.container_layout import container_paths
 from airflow_mlpipelines.compute.docker.images import image_name, pinned_image
+from airflow_mlpipelines.compute.kubernetes.agent import add_agent, can_carry
 from airflow_mlpipelines.compute.kubernetes.attending import PodAttendant, Stops
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     PATIENCE_SECONDS,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
     from airflow_mlpipelines.definition.graph import EnvironmentSpec, KubernetesComputeSpec
+    from airflow_mlpipelines.storage.stores import Store
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +105,10 @@ class KubernetesLauncher(Launcher):
         del emit
         self._image_name = image_name(environment, self._compute)
         return resolved
+
+    def can_carry(self, store: Store) -> bool:
+        """Return whether the pod's agent can open ``store``, as any machine can that has its credentials."""
+        return can_carry(self._compute, store)
 
     def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:
         """Return the places of ``stage`` below ``/mlp``."""
@@ -172,6 +178,8 @@ class KubernetesLauncher(Launcher):
     def _plan(self, launch: StepLaunch) -> PodSpec:
         image = self._image_name or launch.image or ""
         spec = plan_pod(launch, self._compute, image_name=image)
+        if launch.carriage:
+            spec = add_agent(spec, launch, self._compute)
         if self._compute.pod_template_file is not None:
             try:
                 template = read_template(self._compute.pod_template_file)

@@ -96,7 +96,7 @@ def discard(cluster: Cluster, spec: PodSpec, pod: Mapping[str, Any], *, seconds:
         ClusterError: The cluster does not answer.
     """
     cluster.delete("pods", spec.name, seconds=seconds, uid=pod["metadata"]["uid"])
-    if spec.secrets:
+    if spec.needs_secret:
         cluster.delete("secrets", spec.name, seconds=0)
 
 

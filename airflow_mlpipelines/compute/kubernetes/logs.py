@@ -26,11 +26,12 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
 
 
 class LogFollower:
-    """Hands the lines of one pod's step on, in order, each of them once."""
+    """Hands the lines of one container of a pod on, in order, each of them once."""
 
-    def __init__(self, cluster: Cluster, pod: str, emit: Emit) -> None:
+    def __init__(self, cluster: Cluster, pod: str, emit: Emit, *, container: str = STEP) -> None:
         self._cluster = cluster
         self._pod = pod
+        self._container = container
         self._emit = emit
         self._position = LogPosition()
         self._folder = LineFolder()
@@ -42,7 +43,11 @@ class LogFollower:
         Raises:
             ClusterError: The connection broke. Call it again to go on where it stopped.
         """
-        query = {"container": STEP, "timestamps": "true", "follow": "true" if follow else "false"}
+        query = {
+            "container": self._container,
+            "timestamps": "true",
+            "follow": "true" if follow else "false",
+        }
         since = self._position.reopen()
         if since is not None:
             query["sinceTime"] = _rfc3339(since)

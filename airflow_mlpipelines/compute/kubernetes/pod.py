@@ -63,6 +63,7 @@ class PodSpec:
         uid: Whom the step's files belong to in the pod.
         memory: Bytes.
         manifest: The pod, without what only this try knows.
+        documents: Files of the pod's Secret that helpers mount, by their names.
     """
 
     name: str
@@ -75,6 +76,12 @@ class PodSpec:
     gpus: int
     secrets: Mapping[str, str] = field(repr=False)
     manifest: Json = field(repr=False)
+    documents: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def needs_secret(self) -> bool:
+        """Whether a Secret of its own belongs to the pod."""
+        return bool(self.secrets or self.documents)
 
 
 def pod_name(step_run_id: str) -> str:
@@ -177,7 +184,8 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
 
 def secret_manifest(spec: PodSpec, pod: Mapping[str, Any]) -> Json:
     """Return the Secret with the step's secrets. It belongs to the pod: the cluster removes both."""
-    values = [value.encode("utf-8", "surrogateescape") for value in spec.secrets.values()]
+    values = {str(number): value for number, value in enumerate(spec.secrets.values())}
+    values |= spec.documents
     meta = pod["metadata"]
     owner = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
     return {
@@ -188,7 +196,10 @@ def secret_manifest(spec: PodSpec, pod: Mapping[str, Any]) -> Json:
             "labels": spec.manifest["metadata"]["labels"],
             "ownerReferences": [owner],
         },
-        "data": {str(n): base64.b64encode(value).decode() for n, value in enumerate(values)},
+        "data": {
+            name: base64.b64encode(value.encode("utf-8", "surrogateescape")).decode()
+            for name, value in values.items()
+        },
     }
 
 
