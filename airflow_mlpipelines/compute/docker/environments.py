@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.compute.base import Emit
     from airflow_mlpipelines.compute.build_context import BuildContext
-    from airflow_mlpipelines.compute.docker.images import ImageIdentity
+    from airflow_mlpipelines.compute.images import ImageIdentity
     from airflow_mlpipelines.definition.graph import (
         DockerComputeSpec,
         EnvironmentSpec,

@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.compute.base import Launcher, ResolvedEnvironment, digest_variables
+from airflow_mlpipelines.compute.base import Launcher
 from airflow_mlpipelines.compute.container_layout import container_paths
-from airflow_mlpipelines.compute.docker.images import image_name, pinned_image
+from airflow_mlpipelines.compute.images import image_name, resolve_image
 from airflow_mlpipelines.compute.kubernetes.agent import add_agent, can_carry
 from airflow_mlpipelines.compute.kubernetes.attending import PodAttendant, Stops
 from airflow_mlpipelines.compute.kubernetes.cluster import (
@@ -22,6 +22,7 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     connect,
 )
 from airflow_mlpipelines.compute.kubernetes.failures import refusal
+from airflow_mlpipelines.compute.kubernetes.images import find_image, recall_environment
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
     KILL_SECONDS,
     adoptable,
@@ -36,7 +37,14 @@ from airflow_mlpipelines.exceptions import DataError, StepFailedError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from airflow_mlpipelines.compute.base import Emit, HandleStore, ProcessPaths, Stage, StepLaunch
+    from airflow_mlpipelines.compute.base import (
+        Emit,
+        HandleStore,
+        ProcessPaths,
+        ResolvedEnvironment,
+        Stage,
+        StepLaunch,
+    )
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
     from airflow_mlpipelines.definition.graph import EnvironmentSpec, KubernetesComputeSpec
@@ -72,31 +80,13 @@ class KubernetesLauncher(Launcher):
     # ---- the environment -------------------------------------------------------------------
 
     def resolve_environment(self, environment: EnvironmentSpec | None) -> ResolvedEnvironment:
-        """Return the image by digest if its name says one.
+        """Return the image by digest: as its name says, or as its registry does.
 
-        What a tag means is up to the registry, and to what each node has pulled earlier: such a step runs,
-        but nothing of it is reused.
+        Where the registry does not tell, the step runs by its tag, but nothing of it is reused: a tag may mean
+        another image on every node and every day.
         """
         name = image_name(environment, self._compute)
-        pinned = pinned_image(name)
-        problem = None
-        if pinned is None:
-            problem = (
-                f"image {name!r} is named by a tag, which may mean another image on every node and every day. "
-                "Name it by its digest (repository@sha256:…; the step's log says it), so that the step can be "
-                "reused."
-            )
-        return ResolvedEnvironment(
-            description={
-                "kind": "image",
-                "image": name,
-                "digest": pinned.digest if pinned is not None else None,
-                "variables": digest_variables(environment),
-            },
-            image=name,
-            cacheable=pinned is not None,
-            problem=problem,
-        )
+        return resolve_image(name, find_image(name, self._compute), environment)
 
     def prepare_environment(
         self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment, *, emit: Emit
@@ -109,6 +99,12 @@ class KubernetesLauncher(Launcher):
     def can_carry(self, store: Store) -> bool:
         """Return whether the pod's agent can open ``store``, as any machine can that has its credentials."""
         return can_carry(self._compute, store)
+
+    def recall_environment(
+        self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
+    ) -> ResolvedEnvironment | None:
+        """Return the image that the description names by digest."""
+        return recall_environment(environment, description)
 
     def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:
         """Return the places of ``stage`` below ``/mlp``."""

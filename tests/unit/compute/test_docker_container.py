@@ -24,10 +24,10 @@ from airflow_mlpipelines.compute.docker.failures import end_failure, format_byte
 from airflow_mlpipelines.compute.docker.gpus import check_cdi_names, device_requests, has_runtime
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
-    image_name,
     pull_image,
 )
 from airflow_mlpipelines.compute.docker.watch import ContainerEnd
+from airflow_mlpipelines.compute.images import image_name
 from airflow_mlpipelines.definition.graph import (
     DockerComputeSpec,
     EnvironmentSpec,
