@@ -6,11 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from airflow_mlpipelines.compute.base import (
-    ResolvedEnvironment,
-    digest_variables,
-    name_environment,
-)
+from airflow_mlpipelines.compute.base import ResolvedEnvironment, digest_variables
 from airflow_mlpipelines.exceptions import EnvironmentBuildError
 
 if TYPE_CHECKING:
@@ -94,14 +90,8 @@ def image_name(
     """Return the name of the image that a step of this environment runs on.
 
     Raises:
-        EnvironmentBuildError: Nobody names one, or it would have to be built, which the caller can't.
+        EnvironmentBuildError: Nobody names one.
     """
-    if environment is not None and environment.needs_build:
-        raise EnvironmentBuildError(
-            f"{name_environment(environment)} asks for packages or has a Dockerfile, but images are not built for "
-            f"compute {compute.name!r} ({compute.type}). Build one with them beforehand (on a Docker compute, "
-            "`mlpipelines environment build` does), and name it as image=."
-        )
     name = (environment.image if environment is not None else None) or compute.image
     if name is None:
         raise EnvironmentBuildError(

@@ -129,6 +129,8 @@ class KubernetesComputeSpec(SpecModel):
         conn_id: The Airflow connection to the cluster; None goes by ``in_cluster``, or by ``$KUBECONFIG``.
         image: The image of steps whose environment names none.
         image_conn_id: The Airflow connection of type docker to look up with what the tags of images mean.
+        docker_url: The Docker daemon that builds its images and pushes them to ``registry``; None is the
+            worker's own.
         helper_image: What carries the files of a step into its pod and out of it: any image with ``sh``, ``tar``
             and ``sha256sum``.
         agent_image: What carries data between datastores and a pod by itself, past worker and API server: the image
@@ -151,6 +153,7 @@ class KubernetesComputeSpec(SpecModel):
     in_cluster: bool | None = None
     image: str | None = None
     image_conn_id: str | None = None
+    docker_url: str | None = None
     helper_image: str = "busybox:1.36"
     agent_image: str | None = None
     service_account: str | None = None

@@ -69,8 +69,8 @@ if TYPE_CHECKING:
         Stage,
         StepLaunch,
     )
+    from airflow_mlpipelines.compute.built_images import ImageDefinition
     from airflow_mlpipelines.compute.docker.container import ContainerSpec
-    from airflow_mlpipelines.compute.docker.environments import ImageDefinition
     from airflow_mlpipelines.definition.graph import (
         DockerComputeSpec,
         EnvironmentSpec,
@@ -145,7 +145,10 @@ class DockerLauncher(Launcher):
         """
         if environment is not None and environment.needs_build:
             definition, built = provide_image(
-                self.define_image(environment), self._compute, emit=emit
+                self.define_image(environment),
+                self._compute,
+                emit=emit,
+                guard=self.build_guard,
             )
             self._image_name = definition.name
             return definition.resolve(built.reference)

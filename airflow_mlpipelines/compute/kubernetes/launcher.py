@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import Launcher
 from airflow_mlpipelines.compute.container_layout import container_paths
-from airflow_mlpipelines.compute.images import image_name, resolve_image
 from airflow_mlpipelines.compute.kubernetes.agent import add_agent, can_carry
 from airflow_mlpipelines.compute.kubernetes.attending import PodAttendant, Stops
 from airflow_mlpipelines.compute.kubernetes.cluster import (
@@ -22,7 +21,7 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     connect,
 )
 from airflow_mlpipelines.compute.kubernetes.failures import refusal
-from airflow_mlpipelines.compute.kubernetes.images import find_image, recall_environment
+from airflow_mlpipelines.compute.kubernetes.images import PodImages
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
     KILL_SECONDS,
     adoptable,
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
         Stage,
         StepLaunch,
     )
+    from airflow_mlpipelines.compute.built_images import ImageDefinition
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
     from airflow_mlpipelines.definition.graph import EnvironmentSpec, KubernetesComputeSpec
@@ -68,7 +68,7 @@ class KubernetesLauncher(Launcher):
     def __init__(self, compute: KubernetesComputeSpec) -> None:
         self._compute = compute
         self._token = uuid.uuid4().hex
-        self._image_name: str | None = None
+        self._images = PodImages(compute)
         self._name: str | None = None
         self._stops = Stops()
 
@@ -82,19 +82,21 @@ class KubernetesLauncher(Launcher):
     def resolve_environment(self, environment: EnvironmentSpec | None) -> ResolvedEnvironment:
         """Return the image by digest: as its name says, or as its registry does.
 
-        Where the registry does not tell, the step runs by its tag, but nothing of it is reused: a tag may mean
-        another image on every node and every day.
+        One that has to be built is known by its definition. Where the registry does not tell, the step runs by
+        its tag, but nothing of it is reused: a tag may mean another image on every node and every day.
         """
-        name = image_name(environment, self._compute)
-        return resolve_image(name, find_image(name, self._compute), environment)
+        return self._images.resolve(environment)
 
     def prepare_environment(
         self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment, *, emit: Emit
     ) -> ResolvedEnvironment:
-        """Return ``resolved`` as it is: the node pulls the image."""
-        del emit
-        self._image_name = image_name(environment, self._compute)
-        return resolved
+        """Return ``resolved`` with an image that the node can pull: one to be built is in the registry now.
+
+        Raises:
+            EnvironmentBuildError: It can't be built, or not be pushed.
+            ComputeUnavailableError: The registry, or the daemon that is to build it, does not answer.
+        """
+        return self._images.prepare(environment, resolved, emit=emit, guard=self.build_guard)
 
     def can_carry(self, store: Store) -> bool:
         """Return whether the pod's agent can open ``store``, as any machine can that has its credentials."""
@@ -103,8 +105,22 @@ class KubernetesLauncher(Launcher):
     def recall_environment(
         self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
     ) -> ResolvedEnvironment | None:
-        """Return the image that the description names by digest."""
-        return recall_environment(environment, description)
+        """Return the image, or the definition on its bases, that the description names by digest."""
+        return self._images.recall(environment, description)
+
+    def is_prepared(
+        self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment
+    ) -> bool | None:
+        """Return whether the registry has the image."""
+        return self._images.is_prepared(environment, resolved)
+
+    def define_image(self, environment: EnvironmentSpec) -> ImageDefinition:
+        """Return the image to be built for an environment.
+
+        Raises:
+            EnvironmentBuildError: It has no base, can't be built anywhere, or could be kept nowhere.
+        """
+        return self._images.define(environment)
 
     def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:
         """Return the places of ``stage`` below ``/mlp``."""
@@ -172,7 +188,7 @@ class KubernetesLauncher(Launcher):
                 own.delete("pods", name, seconds=KILL_SECONDS, uid=pod["metadata"]["uid"])
 
     def _plan(self, launch: StepLaunch) -> PodSpec:
-        image = self._image_name or launch.image or ""
+        image = self._images.name or launch.image or ""
         spec = plan_pod(launch, self._compute, image_name=image)
         if launch.carriage:
             spec = add_agent(spec, launch, self._compute)

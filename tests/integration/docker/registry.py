@@ -75,9 +75,13 @@ class Registry:
 
     def forget(self) -> None:
         """Take every image of this registry off the daemon."""
-        found = docker_cli("images", "-q", f"{self.address}/*/*").split()
-        if found:
-            docker_cli("rmi", "-f", *found)
+        # By name: the image itself may have other ones, which stay.
+        form = "{{.Repository}} {{.Tag}} {{.Digest}}"
+        for line in docker_cli("images", "--digests", "--format", form).splitlines():
+            repository, tag, digest = line.split()
+            if repository.startswith(f"{self.address}/"):
+                name = f"{repository}@{digest}" if tag == "<none>" else f"{repository}:{tag}"
+                docker_cli("rmi", "-f", name)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from airflow_mlpipelines.definition.graph import (
     KubernetesComputeSpec,
     RegistrySpec,
 )
+from airflow_mlpipelines.exceptions import ComputeUnavailableError, EnvironmentBuildError
 from tests.integration.docker.registry import PASSWORD, USER, serve_registry
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ DOCKER_TYPES = "application/vnd.docker.distribution.manifest"
 def set_connection(monkeypatch: pytest.MonkeyPatch, host: str, password: str = PASSWORD) -> None:
     connection = {"conn_type": "docker", "host": host, "login": USER, "password": password}
     monkeypatch.setenv(f"AIRFLOW_CONN_{CONN_ID.upper()}", json.dumps(connection))
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path / "airflow"))
 
 
 @pytest.fixture
@@ -239,6 +245,33 @@ def test_a_tag_that_can_not_be_looked_up_is_run_as_it_is(registry: Registry) -> 
     resolved = launcher.resolve_environment(environment)
     assert (resolved.cacheable, resolved.image) == (False, registry.image)
     assert "image_conn_id" in str(resolved.problem)
+
+
+@pytest.mark.usefixtures("_connection")
+def test_what_can_not_be_built_for_pods_is_told_before_a_pod_is_made(registry: Registry) -> None:
+    registry.push("a base")
+    environment = EnvironmentSpec(name="own", dockerfile=f"FROM {registry.image}\nUSER 7\n")
+    with pytest.raises(EnvironmentBuildError, match=r"none is named\. Write `registry: \{url: "):
+        KubernetesLauncher(KubernetesComputeSpec(name="k")).resolve_environment(environment)
+
+    url = f"{registry.address}/team/{uuid.uuid4().hex}"
+    fields: dict[str, Any] = {"name": "k", "registry": RegistrySpec(url=url, conn_id=CONN_ID)}
+    away = KubernetesLauncher(KubernetesComputeSpec(docker_url="unix:///nowhere.sock", **fields))
+    resolved = away.resolve_environment(environment)
+    assert resolved.cacheable
+    with pytest.raises(ComputeUnavailableError) as error:
+        away.prepare_environment(environment, resolved, emit=print)
+    assert str(error.value).startswith(
+        "environment 'own' is not in the registry yet, and can't be built here: compute 'k': the Docker daemon at "
+        "unix:///nowhere.sock does not answer: there is no such socket."
+    )
+    assert str(error.value).endswith("`mlpipelines environment build`.")
+
+    other = KubernetesLauncher(
+        KubernetesComputeSpec(node_selector={"kubernetes.io/arch": "s390x"}, **fields)
+    )
+    with pytest.raises(EnvironmentBuildError, match=r"for amd64, .* but compute 'k' runs on s390x"):
+        other.prepare_environment(environment, other.resolve_environment(environment), emit=print)
 
 
 def test_the_password_of_one_registry_is_not_told_to_another(
