@@ -81,7 +81,7 @@ def locate_workplace(
     stage = Stage(
         root=root,
         code=root / "code",
-        runtime=settings.home() / "runtime",
+        runtime=settings.runtime_directory(),
         run=root / "run",
         inputs={},
         outputs={output.name: outputs_root / output.name for output in step.outputs},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -27,12 +27,18 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     create_pod,
     create_secret,
     discard,
+    remove_pod,
     take_over,
 )
 from airflow_mlpipelines.compute.kubernetes.logs import LogFollower
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
 from airflow_mlpipelines.compute.kubernetes.transfer import collect, deliver
+from airflow_mlpipelines.compute.kubernetes.volumes import (
+    has_helpers,
+    look_again,
+    writes_in_place,
+)
 from airflow_mlpipelines.compute.kubernetes.watch import (
     PodEnd,
     StartTimeoutError,
@@ -46,6 +52,7 @@ from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedEr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from airflow_mlpipelines.compute.base import Emit, HandleStore, StepLaunch
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
@@ -164,8 +171,9 @@ class PodAttendant:
             log.info("Pod %s in namespace %s", spec.name, cluster.namespace)
             if spec.needs_secret:
                 create_secret(cluster, spec, pod)
-            self._await(lambda found: container_state(found, STAGE)[0] == "running")
-            deliver(cluster, spec, self._launch.stage)
+            if has_helpers(pod):
+                self._await(lambda found: container_state(found, STAGE)[0] == "running")
+                deliver(cluster, spec, self._launch.stage)
             return pod
         except BaseException:
             with suppress(ClusterError):
@@ -202,15 +210,7 @@ class PodAttendant:
         cluster, spec = self._cluster, self._spec
         over = threading.Event()
         try:
-            if self._launch.carriage:
-                self._follow_staging(emit)
-            pod = self._await(lambda found: container_state(found, STEP)[0] != "waiting")
-            if self._launch.timeout_seconds is not None:
-                arguments = (pod, self._launch.timeout_seconds, over)
-                threading.Thread(target=self._enforce_timeout, args=arguments, daemon=True).start()
-            follower = LogFollower(cluster, spec.name, emit)
-            with RunFileRelay(cluster, spec.name, self._launch.stage):
-                end = watch_step(cluster, pod, follower, is_stopped=lambda: bool(self._stops))
+            end = self._watch(pod, emit, over)
             if not belongs_to(end.pod, self._token):
                 raise _AdoptedByAnotherError
             self._fetch(end, emit)
@@ -233,12 +233,40 @@ class PodAttendant:
             raise
         finally:
             over.set()
-        with suppress(ClusterError):  # what is left, the next try removes
-            discard(cluster, spec, pod, seconds=1)
-        if self._stops:
-            self._await_removal(cluster, pod, _GONE_SECONDS)
+        self._remove(pod)
         self._handle.set(None)
         return end
+
+    def _watch(self, pod: Mapping[str, Any], emit: Emit, over: threading.Event) -> PodEnd:
+        """Return how the step ended, its log handed on; ``over`` is set when the step's time counts no more."""
+        cluster, spec, launch = self._cluster, self._spec, self._launch
+        if launch.carriage:
+            self._follow_staging(emit)
+        pod = self._await(lambda found: container_state(found, STEP)[0] != "waiting")
+        if launch.timeout_seconds is not None:
+            arguments = (pod, launch.timeout_seconds, over)
+            threading.Thread(target=self._enforce_timeout, args=arguments, daemon=True).start()
+        follower = LogFollower(cluster, spec.name, emit)
+        relay: AbstractContextManager[object] = nullcontext()
+        if has_helpers(pod):
+            relay = RunFileRelay(cluster, spec.name, launch.stage)
+        with relay:
+            return watch_step(cluster, pod, follower, is_stopped=lambda: bool(self._stops))
+
+    def _remove(self, pod: Mapping[str, Any]) -> None:
+        """Remove a pod whose end is known, and of which nothing is needed any more.
+
+        Raises:
+            ComputeUnavailableError: It does not go, and could still write to a volume.
+        """
+        with suppress(ClusterError):  # what is left, the next try removes
+            discard(self._cluster, self._spec, pod, seconds=1)
+        if self._stops:
+            self._await_removal(self._cluster, pod, _GONE_SECONDS)
+        elif writes_in_place(pod):
+            # Only what can't change any more is digested.
+            remove_pod(self._cluster, pod)
+            look_again(self._launch.stage.outputs_root)
 
     def _follow_staging(self, emit: Emit) -> None:
         """Hand on what the agent says until it has ended, however long that takes: as there are data."""
@@ -264,8 +292,10 @@ class PodAttendant:
         image = _image_id(end.pod)
         if image is not None and "@" not in spec.image_name:
             log.info("Image %s was %s", spec.image_name, image)
+        if not has_helpers(end.pod):
+            return  # all of it is where the worker sees it
         try:
-            collect(self._cluster, spec.name, self._launch, emit=emit, with_outputs=succeeded)
+            collect(self._cluster, spec, self._launch, emit=emit, with_outputs=succeeded)
         except ClusterError as error:
             if succeeded:
                 raise StepFailedError(

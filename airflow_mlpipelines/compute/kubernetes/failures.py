@@ -51,6 +51,8 @@ _NO_PROGRAM = re.compile(
     r'exec: "(?P<program>.*?)": (?P<why>[^:]*)|executable file not found|no such file or directory',
     re.I,
 )
+_NO_CLAIM = re.compile(r'persistentvolumeclaim "(?P<claim>[^"]*)" not found')
+_CLAIM_SECONDS = 20.0
 _PATIENCE_SECONDS = 120.0
 """How long something that may heal by itself, such as a registry that is away, may take."""
 _SHOWN = 600
@@ -60,6 +62,8 @@ _NOT_TO_BLAME = "The program is not to blame; it can be tried again."
 
 def is_hopeless(pod: Mapping[str, Any], waited: float) -> bool:
     """Return whether a container of the pod, which waits for so many seconds, will never start."""
+    if waited > _CLAIM_SECONDS and _missing_claim(pod) is not None:
+        return True
     for name in (STAGE, OUTPUTS_KEEPER, STEP):
         state, facts = container_state(pod, name)
         reason = facts.get("reason")
@@ -115,6 +119,14 @@ def start_failure(
     """Return what to raise for a pod that was over, or hopeless, before its step began."""
     if pod is None or is_leaving(pod) or _disruption(pod):
         return _lost(step, pod, before_start=True)
+    claim = _missing_claim(pod)
+    if claim is not None:
+        return StepFailedError(
+            step,
+            f"namespace {compute.namespace!r} has no PersistentVolumeClaim {claim!r}, which compute {compute.name!r} "
+            "names in shared_volumes (or in its pod_template_file). Create it there, or correct the name.",
+            retryable=False,
+        )
     helper = compute.agent_image or compute.helper_image
     for name, image in ((STAGE, helper), (OUTPUTS_KEEPER, helper), (STEP, spec.image_name)):
         state, facts = container_state(pod, name)
@@ -152,7 +164,7 @@ def timeout_failure(
         for name, (state, facts) in (
             (name, container_state(timeout.pod, name)) for name in (STAGE, OUTPUTS_KEEPER, STEP)
         )
-        if state == "waiting"
+        if state == "waiting" and (facts or name == STEP)
     ]
     return ComputeUnavailableError(
         f"step {step!r}: its pod did not start within {show_duration(compute.startup_timeout_seconds)} "
@@ -237,6 +249,13 @@ def _no_image(
         "compute's image_pull_secrets.",
         retryable=False,
     )
+
+
+def _missing_claim(pod: Mapping[str, Any]) -> str | None:
+    """Return the name of a claim that the scheduler looks for in vain."""
+    said = str(find_condition(pod, "PodScheduled").get("message", ""))
+    match = _NO_CLAIM.search(said)
+    return match["claim"] if match is not None else None
 
 
 def _not_staged(

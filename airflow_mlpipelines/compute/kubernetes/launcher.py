@@ -31,6 +31,7 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
 )
 from airflow_mlpipelines.compute.kubernetes.pod import plan_pod, pod_name
 from airflow_mlpipelines.compute.kubernetes.template import lay_over, read_template
+from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared
 from airflow_mlpipelines.exceptions import DataError, StepFailedError
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ class KubernetesLauncher(Launcher):
         spec = plan_pod(launch, self._compute, image_name=image)
         if launch.carriage:
             spec = add_agent(spec, launch, self._compute)
+        spec = mount_shared(spec, launch, self._compute)
         if self._compute.pod_template_file is not None:
             try:
                 template = read_template(self._compute.pod_template_file)

@@ -19,6 +19,7 @@ from airflow_mlpipelines.compute.kubernetes.pod import (
     label_value,
     secret_manifest,
 )
+from airflow_mlpipelines.compute.kubernetes.volumes import has_helpers, writes_in_place
 from airflow_mlpipelines.compute.kubernetes.watch import (
     ENDED_PHASES,
     await_removal,
@@ -104,7 +105,8 @@ def remove_pod(cluster: Cluster, pod: Mapping[str, Any]) -> None:
     """Delete the pod, and wait until it is gone.
 
     One whose node does not answer is taken out of the cluster's books after a minute: whatever still runs there
-    can reach nothing of the step, whose data go through a worker only.
+    can reach nothing of the step, whose data go through a worker only. Not so if it has a volume that others have
+    as well.
 
     Raises:
         ClusterError: The cluster does not answer.
@@ -115,6 +117,11 @@ def remove_pod(cluster: Cluster, pod: Mapping[str, Any]) -> None:
     cluster.delete("pods", name, seconds=KILL_SECONDS, uid=uid)
     if await_removal(cluster, name, uid, seconds=_REMOVAL_SECONDS):
         return
+    if writes_in_place(pod):
+        raise ComputeUnavailableError(
+            f"The pod {name!r} in namespace {cluster.namespace!r} does not end, and may still write to a shared volume. "
+            "Does its node answer? If the node is lost, remove it from the cluster (kubectl delete node)."
+        )
     cluster.delete("pods", name, seconds=0, uid=uid)
     if not await_removal(cluster, name, uid, seconds=_FORCED_REMOVAL_SECONDS):
         raise ComputeUnavailableError(
@@ -145,11 +152,12 @@ def adoptable(pod: Mapping[str, Any], step_run_id: str, noted: str | None) -> bo
     """
     if not is_of(pod, step_run_id) or is_leaving(pod):
         return False
-    if pod.get("status", {}).get("phase") in ENDED_PHASES:
-        return False
-    state, facts = container_state(pod, STAGE)
-    if state != "terminated" or facts.get("exitCode") != 0:
-        return False
+    if has_helpers(pod):
+        if pod.get("status", {}).get("phase") in ENDED_PHASES:
+            return False
+        state, facts = container_state(pod, STAGE)
+        if state != "terminated" or facts.get("exitCode") != 0:
+            return False
     uid = pod["metadata"]["uid"]
     if container_state(pod, STEP)[0] == "terminated":
         return bool(noted == uid)

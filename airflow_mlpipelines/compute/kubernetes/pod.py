@@ -33,7 +33,7 @@ OWNER = f"{LABEL_PREFIX}owner"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 DEFAULT_UID = 1000
 """Whom a step runs as where the worker is root, whom a pod should not be."""
-_WORKSPACE = "mlp-workspace"
+WORKSPACE = "mlp-workspace"
 _SHM = "mlp-shm"
 _SUB_PATHS = ("code", "run", "outputs", "home")
 _READ_ONLY = ("runtime", "inputs")
@@ -64,6 +64,8 @@ class PodSpec:
         memory: Bytes.
         manifest: The pod, without what only this try knows.
         documents: Files of the pod's Secret that helpers mount, by their names.
+        shared: What the step has on volumes that the worker shares: ``inputs/<name>``, ``outputs``, and ``work`` for
+            all that it works with. It is not copied.
     """
 
     name: str
@@ -77,6 +79,7 @@ class PodSpec:
     secrets: Mapping[str, str] = field(repr=False)
     manifest: Json = field(repr=False)
     documents: Mapping[str, str] = field(default_factory=dict, repr=False)
+    shared: frozenset[str] = frozenset()
 
     @property
     def needs_secret(self) -> bool:
@@ -113,13 +116,13 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
     name = pod_name(launch.step_run_id)
     shm_size = choose_shm_size(wanted, default=compute.shm_size, gpus=gpus, memory=memory)
     mounts: list[Json] = [
-        {"name": _WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part} for part in _SUB_PATHS
+        {"name": WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part} for part in _SUB_PATHS
     ]
     mounts += [
-        {"name": _WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part, "readOnly": True}
+        {"name": WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part, "readOnly": True}
         for part in _READ_ONLY
     ]
-    volumes: list[Json] = [{"name": _WORKSPACE, "emptyDir": {}}]
+    volumes: list[Json] = [{"name": WORKSPACE, "emptyDir": {}}]
     if shm_size is not None:
         volumes.append({"name": _SHM, "emptyDir": {"medium": "Memory", "sizeLimit": str(shm_size)}})
         mounts.append({"name": _SHM, "mountPath": "/dev/shm"})  # noqa: S108 - where it has to be
@@ -285,7 +288,7 @@ def _helper(
         "command": [SHELL, "-c", script],
         "workingDir": ROOT,
         "resources": _HELPER_RESOURCES,
-        "volumeMounts": [{"name": _WORKSPACE, "mountPath": ROOT}],
+        "volumeMounts": [{"name": WORKSPACE, "mountPath": ROOT}],
         "securityContext": dict(security),
     }
 

@@ -27,6 +27,7 @@ from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
 from airflow_mlpipelines.compute.kubernetes.cluster import PATIENCE_SECONDS
 from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, STAGE
 from airflow_mlpipelines.compute.kubernetes.scripts import RECEIVE, SEND, SHELL
+from airflow_mlpipelines.compute.kubernetes.volumes import SHARED_OUTPUTS
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def deliver(cluster: Cluster, spec: PodSpec, stage: Stage) -> None:
 
 
 def collect(
-    cluster: Cluster, pod: str, launch: StepLaunch, *, emit: Emit, with_outputs: bool
+    cluster: Cluster, spec: PodSpec, launch: StepLaunch, *, emit: Emit, with_outputs: bool
 ) -> None:
     """Bring what the step has made to the worker, also if a connection breaks on the way.
 
@@ -63,7 +64,7 @@ def collect(
 
     Args:
         cluster: The cluster.
-        pod: The pod's name.
+        spec: The pod.
         launch: The step run.
         emit: Takes the agent's lines.
         with_outputs: Whether the step succeeded; else only the files of its run are of interest.
@@ -72,12 +73,12 @@ def collect(
         ClusterError: That fails time and again, or the pod is gone.
         DataError: The agent can't commit an output.
     """
-    stage, carriage = launch.stage, launch.carriage
+    stage, carriage, pod = launch.stage, launch.carriage, spec.name
 
     def fetch() -> None:
         if carriage.outputs or carriage.kept:
             commit(cluster, pod, launch, emit=emit, with_outputs=with_outputs)
-        if with_outputs:
+        if with_outputs and SHARED_OUTPUTS not in spec.shared:
             fetch_outputs(cluster, pod, stage, without=carriage.outputs)
         fetch_run_files(cluster, pod, stage, with_kept=carriage.kept is None)
 
