@@ -13,7 +13,7 @@ trap 'rm -f "$log"' EXIT
 
 tar --exclude=__pycache__ --sort=name -c constraints.txt images/agent/Dockerfile airflow_mlpipelines/*.py \
   airflow_mlpipelines/agent airflow_mlpipelines/storage |
-  DOCKER_BUILDKIT=0 docker build --quiet --build-arg "BASE=$base" --build-arg DRIVERS=s3fs \
+  DOCKER_BUILDKIT=0 docker build --quiet --build-arg "BASE=$base" --build-arg "DRIVERS=s3fs obstore" \
     --file images/agent/Dockerfile --tag "$image" - >"$log" 2>&1 || {
   tail -n 30 "$log" >&2
   exit 1

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 CONTROL = "control"
 KEPT_DIRECTORIES = ("outputs", "logs")
 _STAGED = "staged"
+_MERGING = "merging"
 _CONTACT = "contact"
 _CONTACT_SECONDS = 6 * 3600.0
 _PAUSE = 0.05
@@ -96,11 +97,20 @@ def _fetch_code(job: Job, stores: StoreSet, private: Path) -> None:
 
 
 def _await_worker(control: Path) -> None:
-    while not (control / _STAGED).exists():
+    while not _claim(control):
         silent = time.time() - (control / _CONTACT).stat().st_mtime
         if silent > _CONTACT_SECONDS:
             raise DataError(f"no worker has asked for this pod in {show_duration(silent)}")
         time.sleep(_PAUSE)
+
+
+def _claim(control: Path) -> bool:
+    """Return whether the worker's part is there; from then on no worker can send it again."""
+    try:
+        (control / _STAGED).rename(control / _MERGING)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _put_in_place(job: Job, workspace: Path, private: Path) -> None:

@@ -157,6 +157,9 @@ class StepLaunch:
         labels: ``dag_id``, ``run_id``, ``task_id``, ``map_index``, ``try_number``, as text.
         timeout_seconds: The program is killed after this long.
         carriage: What the compute carries by itself; only what its launcher said it can.
+        detach: Whether the launcher may leave a long program to itself, with :class:`DetachedError`.
+        news: What was found out about a program that was left to itself, as the launcher's trigger told
+            it; None in a try's first worker.
     """
 
     step_run_id: str
@@ -170,6 +173,32 @@ class StepLaunch:
     timeout_seconds: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     carriage: Carriage = field(default_factory=Carriage)
+    detach: bool = False
+    news: Mapping[str, Any] | None = None
+
+
+class DetachedError(Exception):
+    """The program goes on without this worker: not a failure, but the way out of :meth:`Launcher.run`.
+
+    Attributes:
+        watch: What a trigger needs to wait for it: JSON, without secrets.
+    """
+
+    def __init__(self, watch: dict[str, Any]) -> None:
+        self.watch = watch
+        super().__init__("the program goes on without this worker")
+
+
+class RelaunchError(Exception):
+    """The compute took the program away, and it is to be launched again, with directories made anew.
+
+    Attributes:
+        pause: Seconds to wait before that.
+    """
+
+    def __init__(self, message: str, *, pause: float) -> None:
+        self.pause = pause
+        super().__init__(message)
 
 
 class HandleStore(Protocol):
@@ -199,10 +228,13 @@ class Launcher(ABC):
     """Runs step programs on one compute. One instance serves one step run.
 
     Attributes:
+        carries_files: Whether a program has its files with it, so that going on with one that was found
+            again takes neither code nor inputs on this machine.
         build_guard: Keeps other machines from building what this one is building; None where nobody
             shares what is built.
     """
 
+    carries_files = False
     build_guard: BuildGuard | None = None
 
     def check_resources(self, step: str, resources: ResourcesSpec) -> None:
@@ -299,10 +331,14 @@ class Launcher(ABC):
     def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
         """Run the program to its end; return only if it ended with exit code 0.
 
-        When this returns or raises, nothing that the program started is running any more. A program
-        that an earlier try launched, and that survived its worker, is adopted or removed first.
+        When this returns or raises, but for the first two errors, nothing that the program started is
+        running any more. A program that an earlier try launched, and that survived its worker, is adopted
+        or removed first.
 
         Raises:
+            DetachedError: It goes on without this worker, as ``launch`` allows.
+            ComputeUnavailableError: The compute does not answer.
+            RelaunchError: The compute took it away. Call this again, with new directories.
             StepFailedError: It ended otherwise; with its exit code and the end of its log.
         """
 

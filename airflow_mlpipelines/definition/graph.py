@@ -146,6 +146,8 @@ class KubernetesComputeSpec(SpecModel):
         queue: The Kueue queue that pods wait in.
         startup_timeout_seconds: How long images may be pulled for, once a node was found.
         schedule_timeout_seconds: How long a pod may wait for a node.
+        deferrable: Whether a step that takes long is left to its pod, so that it holds no worker slot.
+        defer_after_seconds: How long a worker stays with its pod before.
         registry: Where images that are built for it are kept; None is the workspace's.
     """
 
@@ -181,6 +183,8 @@ class KubernetesComputeSpec(SpecModel):
     queue: str | None = None
     startup_timeout_seconds: int = 1800
     schedule_timeout_seconds: int = 3600
+    deferrable: bool = True
+    defer_after_seconds: int = Field(default=30, ge=0)
     max_nodes: int | None = None
 
 

@@ -97,7 +97,7 @@ def fill_stage(
     *,
     snapshot: str | None,
     inputs: Mapping[str, Artifact | None],
-    fetched: FetchedData,
+    fetched: FetchedData | None,
     adopt: bool,
 ) -> Workplace:
     """Return the workplace with code, runtime and inputs there, but those of mode ``direct``.
@@ -113,7 +113,7 @@ def fill_stage(
         stores: The registered datastores.
         snapshot: The digest of the step's code; None for a step without files of its own.
         inputs: What each input has to hold; None for external data that is not there.
-        fetched: How remote data are fetched.
+        fetched: How remote data are fetched; None where the program has its inputs with it.
         adopt: A program of an earlier try still works there: its directories are left as they are.
 
     Raises:
@@ -128,6 +128,9 @@ def fill_stage(
         if artifact is None or item.mode == "direct" or item.name in carriage.inputs:
             continue
         target = stage.root / "inputs" / item.name
+        if fetched is None:
+            paths[item.name] = target
+            continue
         try:
             found = fetch(
                 artifact,

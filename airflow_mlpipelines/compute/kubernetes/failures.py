@@ -60,6 +60,18 @@ _KILLED = frozenset({128 + signal.SIGKILL, 128 + signal.SIGTERM})
 _NOT_TO_BLAME = "The program is not to blame; it can be tried again."
 
 
+class PodLostError(StepFailedError):
+    """The cluster has taken a step's pod away, or somebody has: the program can be launched again.
+
+    Attributes:
+        why: In a few words.
+    """
+
+    def __init__(self, step: str, message: str, *, why: str, log_tail: Sequence[str] = ()) -> None:
+        self.why = why
+        super().__init__(step, message, log_tail=log_tail)
+
+
 def is_hopeless(pod: Mapping[str, Any], waited: float) -> bool:
     """Return whether a container of the pod, which waits for so many seconds, will never start."""
     if waited > _CLAIM_SECONDS and _missing_claim(pod) is not None:
@@ -203,6 +215,12 @@ def _went_with_its_pod(end: PodEnd, facts: Mapping[str, Any]) -> bool:
     return end.gone and killed
 
 
+def lost_unseen(step: str, pod: Mapping[str, Any] | None) -> StepFailedError:
+    """Return what to raise for a pod that is gone, of which ``pod`` is what was seen last."""
+    began = pod is not None and container_state(pod, STEP)[0] != "waiting"
+    return _lost(step, pod, before_start=not began)
+
+
 def _forbidden(step: str, said: str, compute: KubernetesComputeSpec) -> StepFailedError:
     if "exceeded quota" in said:
         return StepFailedError(
@@ -214,7 +232,7 @@ def _forbidden(step: str, said: str, compute: KubernetesComputeSpec) -> StepFail
         return StepFailedError(
             step,
             f"this worker may not do that in namespace {compute.namespace!r}: {said}. Its service account or user "
-            "needs pods (create, get, patch, delete), pods/log (get), pods/exec (create, get) and secrets (create, "
+            "needs pods (create, get, list, watch, patch, delete), pods/log (get), pods/exec (create, get) and secrets (create, "
             "delete).",
             retryable=False,
         )
@@ -337,9 +355,9 @@ def _lost(
         )
     if why:
         message = f"the cluster took its pod away {when} ({why[:_SHOWN]}). {_NOT_TO_BLAME}"
-    else:
-        message = f"its pod was deleted {when}, by somebody or by the cluster (a drained or lost node). {_NOT_TO_BLAME}"
-    return StepFailedError(step, message, log_tail=log_tail)
+        return PodLostError(step, message, why=why[:_SHOWN].strip(": "), log_tail=log_tail)
+    message = f"its pod was deleted {when}, by somebody or by the cluster (a drained or lost node). {_NOT_TO_BLAME}"
+    return PodLostError(step, message, why=f"deleted {when}", log_tail=log_tail)
 
 
 def _pod_failed(
@@ -347,8 +365,7 @@ def _pod_failed(
 ) -> StepFailedError:
     status = pod.get("status", {})
     said = " ".join(str(status[key]) for key in ("reason", "message") if status.get(key))
-    return StepFailedError(
-        step,
-        f"its pod {spec.name!r} ended without its program ({said or status.get('phase')}). {_NOT_TO_BLAME}",
-        log_tail=log_tail,
-    )
+    message = f"its pod {spec.name!r} ended without its program ({said or status.get('phase')}). {_NOT_TO_BLAME}"
+    if status.get("reason") == "DeadlineExceeded":
+        return StepFailedError(step, message, log_tail=log_tail)
+    return PodLostError(step, message, why=said[:_SHOWN] or "it ended", log_tail=log_tail)

@@ -20,18 +20,22 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     ClusterLostError,
     connect,
 )
-from airflow_mlpipelines.compute.kubernetes.failures import refusal
+from airflow_mlpipelines.compute.kubernetes.detaching import PodNews
+from airflow_mlpipelines.compute.kubernetes.failures import PodLostError, lost_unseen, refusal
 from airflow_mlpipelines.compute.kubernetes.images import PodImages
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
     KILL_SECONDS,
     adoptable,
     belongs_to,
+    has_files,
     is_of,
+    is_waiting,
     remove_pod,
 )
 from airflow_mlpipelines.compute.kubernetes.pod import plan_pod, pod_name
+from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
 from airflow_mlpipelines.compute.kubernetes.template import lay_over, read_template
-from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared
+from airflow_mlpipelines.compute.kubernetes.volumes import SHARED_WORK, mount_shared
 from airflow_mlpipelines.exceptions import DataError, StepFailedError
 
 if TYPE_CHECKING:
@@ -61,10 +65,12 @@ _KILL_ANSWER_SECONDS = 1.0
 class KubernetesLauncher(Launcher):
     """Runs one step as one pod of a Kubernetes cluster.
 
-    The worker waits for its pod, and all data travel through the API server: this suits steps whose
-    inputs and outputs are some gigabytes at most. A GPU model (``gpu_type``) is asked for by the node label
+    All data travel through a worker and the API server: this suits steps whose inputs and outputs are some
+    gigabytes at most. A GPU model (``gpu_type``) is asked for by the node label
     ``<gpu_resource>.product``, such as ``nvidia.com/gpu.product``, which NVIDIA's feature discovery sets.
     """
+
+    carries_files = True
 
     def __init__(self, compute: KubernetesComputeSpec) -> None:
         self._compute = compute
@@ -130,20 +136,23 @@ class KubernetesLauncher(Launcher):
     # ---- the pod ---------------------------------------------------------------------------
 
     def recover(self, step_run_id: str, handle: HandleStore) -> bool:
-        """Return whether an earlier try's pod is there to adopt: its step runs, or nobody has read its end.
+        """Return whether an earlier worker's pod is there to adopt: its step runs, or nobody has read its end.
 
-        Any other pod of this step run is removed.
+        Any other pod of this step run is removed, but for one that was left to itself and waits for its files.
 
         Raises:
             ComputeUnavailableError: The cluster does not answer.
         """
         with self._in_words(step_run_id):
-            return self._find_survivor(step_run_id, handle) is not None
+            found = self._find_survivor(step_run_id, PodNote(handle))
+        return found is not None and has_files(found)
 
     def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
         """Run the step's pod to its end; an earlier try's is adopted, with its whole log.
 
         Raises:
+            DetachedError: It takes long, and goes on without this worker.
+            RelaunchError: The cluster took the pod away, for which a program is not to blame.
             StepFailedError: It did not start, or ended with another exit code than 0.
             ComputeUnavailableError: The cluster does not answer. A pod that runs is left alone, for the
                 next try to adopt.
@@ -158,17 +167,29 @@ class KubernetesLauncher(Launcher):
         for directory in (stage.root, stage.code, stage.run, stage.outputs_root):
             # An adopted pod's first worker may have been another machine.
             directory.mkdir(parents=True, exist_ok=True)
-        with self._in_words(launch.step_name):
-            spec = self._plan(launch)
-            attendant = PodAttendant(
-                self._cluster, launch, spec, token=self._token, handle=handle, stops=self._stops
-            )
-            self._name = spec.name
-            try:
-                end = attendant.run(self._find_survivor(launch.step_run_id, handle), hand_on)
-            finally:
-                self._name = None
-        attendant.check(end, tuple(tail))
+        note = PodNote(handle)
+        try:
+            with self._in_words(launch.step_name):
+                spec = self._plan(launch)
+                attendant = PodAttendant(
+                    self._cluster, launch, spec, token=self._token, note=note, stops=self._stops
+                )
+                self._name = spec.name
+                try:
+                    end = attendant.run(self._find_pod(launch, note), hand_on)
+                finally:
+                    self._name = None
+            attendant.check(end, tuple(tail))
+        except PodLostError as lost:
+            again = note.charge(lost)
+            if again is None:
+                raise
+            raise again from lost
+        except StepFailedError:
+            if note.pod is None:  # else it is another try's by now
+                note.forget()
+            raise
+        note.forget()
 
     def kill(self) -> None:
         """Have the pod deleted: two seconds after SIGTERM, nothing in it is left.
@@ -194,6 +215,7 @@ class KubernetesLauncher(Launcher):
         if launch.carriage:
             spec = add_agent(spec, launch, self._compute)
         spec = mount_shared(spec, launch, self._compute)
+        self.carries_files = SHARED_WORK not in spec.shared
         if self._compute.pod_template_file is not None:
             try:
                 template = read_template(self._compute.pod_template_file)
@@ -202,14 +224,25 @@ class KubernetesLauncher(Launcher):
             spec.manifest.update(lay_over(template, spec.manifest))
         return spec
 
-    def _find_survivor(self, step_run_id: str, handle: HandleStore) -> Mapping[str, Any] | None:
-        """Return the pod of an earlier try to adopt; remove what is not to be adopted."""
+    def _find_pod(self, launch: StepLaunch, note: PodNote) -> Mapping[str, Any] | None:
+        """Return the pod to go on with; None if there is to be a new one."""
+        if launch.news is None:
+            return self._find_survivor(launch.step_run_id, note)
+        name = pod_name(launch.step_run_id)
+        found, _ = self._cluster.find_patiently("pods", name, patience=PATIENCE_SECONDS)
+        if found is None or found["metadata"]["uid"] != note.pod:
+            raise lost_unseen(launch.step_name, PodNews.from_dict(launch.news).pods.get(name))
+        return found
+
+    def _find_survivor(self, step_run_id: str, note: PodNote) -> Mapping[str, Any] | None:
+        """Return the pod of an earlier worker to go on with; remove what is of no use."""
         cluster = self._cluster
         found, _ = cluster.find_patiently("pods", pod_name(step_run_id), patience=PATIENCE_SECONDS)
         if found is None:
             return None
-        noted = (handle.get() or {}).get("pod")
-        if adoptable(found, step_run_id, noted):
+        if adoptable(found, step_run_id, note.pod) or (
+            note.awaits is not None and is_waiting(found, step_run_id, note.pod)
+        ):
             return found
         if not is_of(found, step_run_id):
             return None  # it only has the name; making ours will say so

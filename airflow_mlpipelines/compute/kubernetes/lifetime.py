@@ -152,16 +152,30 @@ def adoptable(pod: Mapping[str, Any], step_run_id: str, noted: str | None) -> bo
     """
     if not is_of(pod, step_run_id) or is_leaving(pod):
         return False
-    if has_helpers(pod):
-        if pod.get("status", {}).get("phase") in ENDED_PHASES:
-            return False
-        state, facts = container_state(pod, STAGE)
-        if state != "terminated" or facts.get("exitCode") != 0:
-            return False
+    if has_helpers(pod) and pod.get("status", {}).get("phase") in ENDED_PHASES:
+        return False
+    if not has_files(pod):
+        return False
     uid = pod["metadata"]["uid"]
     if container_state(pod, STEP)[0] == "terminated":
         return bool(noted == uid)
     return noted in (None, uid)
+
+
+def is_waiting(pod: Mapping[str, Any], step_run_id: str, noted: str | None) -> bool:
+    """Return whether this very pod waits for its files: its place in the cluster's queue is not given up."""
+    if not is_of(pod, step_run_id) or is_leaving(pod) or pod["metadata"]["uid"] != noted:
+        return False
+    is_ended = pod.get("status", {}).get("phase") in ENDED_PHASES
+    return not is_ended and container_state(pod, STAGE)[0] != "terminated"
+
+
+def has_files(pod: Mapping[str, Any]) -> bool:
+    """Return whether the pod has got all of its files, or has no need of any."""
+    if not has_helpers(pod):
+        return True
+    state, facts = container_state(pod, STAGE)
+    return state == "terminated" and facts.get("exitCode") == 0
 
 
 def is_of(pod: Mapping[str, Any], step_run_id: str) -> bool:

@@ -21,6 +21,7 @@ from airflow_mlpipelines.compute.kubernetes.scripts import KEEP, SHELL, WAIT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from airflow_mlpipelines.compute.base import StepLaunch
     from airflow_mlpipelines.definition.graph import KubernetesComputeSpec
@@ -66,6 +67,7 @@ class PodSpec:
         documents: Files of the pod's Secret that helpers mount, by their names.
         shared: What the step has on volumes that the worker shares: ``inputs/<name>``, ``outputs``, and ``work`` for
             all that it works with. It is not copied.
+        written: The directories on such volumes that the step writes to.
     """
 
     name: str
@@ -80,6 +82,7 @@ class PodSpec:
     manifest: Json = field(repr=False)
     documents: Mapping[str, str] = field(default_factory=dict, repr=False)
     shared: frozenset[str] = frozenset()
+    written: tuple[Path, ...] = ()
 
     @property
     def needs_secret(self) -> bool:

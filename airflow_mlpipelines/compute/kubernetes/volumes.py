@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 SHARED_OUTPUTS = "outputs"
-_SHARED_WORK = "work"
+SHARED_WORK = "work"
 
 
 class _Place(NamedTuple):
@@ -52,10 +52,7 @@ class _Mount(NamedTuple):
 def mount_shared(spec: PodSpec, launch: StepLaunch, compute: KubernetesComputeSpec) -> PodSpec:
     """Return the pod with all that lies on shared volumes mounted into its step, and not copied.
 
-    The directories that the step writes to are given to the user that it runs as.
-
-    Raises:
-        DataError: This worker can't do that.
+    The directories that the step writes to are to be given to the user that it runs as: :func:`hand_over`.
     """
     mounts = dict(_find_mounts(launch, compute))
     if not mounts:
@@ -76,14 +73,33 @@ def mount_shared(spec: PodSpec, launch: StepLaunch, compute: KubernetesComputeSp
     _lay_out(spec.manifest["spec"], list(mounts.values()), complete=complete, compute=compute)
     written = [stage.outputs_root] if SHARED_OUTPUTS in mounts else []
     written += [stage.code, stage.run] if complete else []
-    _hand_over(written, spec)
     names = {name for name in mounts if name not in parts}
-    return replace(spec, shared=frozenset(names | ({_SHARED_WORK} if complete else set())))
+    shared = frozenset(names | ({SHARED_WORK} if complete else set()))
+    return replace(spec, shared=shared, written=tuple(written))
+
+
+def hand_over(spec: PodSpec) -> None:
+    """Give the directories on shared volumes that the step writes to, to the user that it runs as.
+
+    Raises:
+        DataError: This worker can't do that.
+    """
+    worker = os.getuid()
+    if not spec.written or spec.uid in (worker, 0):
+        return
+    if worker != 0:
+        raise DataError(
+            f"its pod runs as user {spec.uid} (the compute's security_context), but this worker, as user {worker}, "
+            "can't give it directories on a shared volume. Leave out runAsUser, or run the workers as that user."
+        )
+    for top in spec.written:
+        for path in (top, *top.rglob("*")):
+            os.chown(path, spec.uid, spec.gid, follow_symlinks=False)
 
 
 def has_helpers(pod: Mapping[str, Any]) -> bool:
     """Return whether files of the pod's step are copied: else it is the step alone."""
-    return any(item["name"] == OUTPUTS_KEEPER for item in pod["spec"]["containers"])
+    return any(item["name"] == OUTPUTS_KEEPER for item in pod["spec"].get("containers") or ())
 
 
 def writes_in_place(pod: Mapping[str, Any]) -> bool:
@@ -159,17 +175,3 @@ def _mount_entry(mount: _Mount, names: Mapping[str, str]) -> Json:
     if mount.read_only:
         entry["readOnly"] = True
     return entry
-
-
-def _hand_over(directories: list[Path], spec: PodSpec) -> None:
-    worker = os.getuid()
-    if not directories or spec.uid in (worker, 0):
-        return
-    if worker != 0:
-        raise DataError(
-            f"its pod runs as user {spec.uid} (the compute's security_context), but this worker, as user {worker}, "
-            "can't give it directories on a shared volume. Leave out runAsUser, or run the workers as that user."
-        )
-    for top in directories:
-        for path in (top, *top.rglob("*")):
-            os.chown(path, spec.uid, spec.gid, follow_symlinks=False)

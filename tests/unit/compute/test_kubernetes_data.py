@@ -186,12 +186,13 @@ def test_a_group_that_somebody_asks_for_is_left(tmp_path: Path):
 
 @pytest.mark.usefixtures("as_user")
 def test_directories_that_can_not_be_handed_over_are_told(tmp_path: Path):
+    planned = plan(
+        make_launch(tmp_path),
+        shared_volumes={str(tmp_path): "x"},
+        security_context={"runAsUser": 77},
+    )
     with pytest.raises(DataError, match=r"runs as user 77 .*this worker, as user 1234"):
-        plan(
-            make_launch(tmp_path),
-            shared_volumes={str(tmp_path): "x"},
-            security_context={"runAsUser": 77},
-        )
+        volumes.hand_over(planned)
 
 
 def test_what_the_agent_commits_stays_with_it(tmp_path: Path, lake: Store, as_user: None):
