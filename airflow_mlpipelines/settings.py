@@ -18,6 +18,7 @@ METADATA_URL_VARIABLE = "MLPIPELINES_METADATA_URL"
 ECHO_VARIABLE = "MLPIPELINES_ECHO"
 """Set where a run goes on in a process that a person watches: steps print their lines there."""
 ALLOW_PICKLE_VARIABLE = "MLPIPELINES_ALLOW_PICKLE"
+WORK_VARIABLE = "MLPIPELINES_WORK_DIR"
 GPU_LOCKS_VARIABLE = "MLPIPELINES_GPU_LOCKS"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -44,8 +45,15 @@ def work_directory() -> Path:
     ``work`` in :func:`home`. Data that this machine has fetched are linked into it only if it is on the same
     mount as :func:`home`; else they are copied.
     """
-    override = os.environ.get("MLPIPELINES_WORK_DIR")
+    override = os.environ.get(WORK_VARIABLE)
     return Path(override).expanduser().absolute() if override else home() / "work"
+
+
+def runtime_directory() -> Path:
+    """Return where steps find the runtime package: where their working directories are, if that was chosen."""
+    if os.environ.get(WORK_VARIABLE):
+        return work_directory() / ".runtime"
+    return home() / "runtime"
 
 
 def stat_cache_file() -> Path:

@@ -133,6 +133,12 @@ class KubernetesComputeSpec(SpecModel):
             worker's own.
         helper_image: What carries the files of a step into its pod and out of it: any image with ``sh``, ``tar``
             and ``sha256sum``.
+        agent_image: What carries data between datastores and a pod by itself, past worker and API server: the image
+            of ``images/agent/Dockerfile``, of the workers' release. None lets ``helper_image`` and the worker
+            carry everything.
+        shared_volumes: Directories that the workers share with the pods, and the PersistentVolumeClaim that each
+            is the root of: ``claim``, or ``claim/path`` for a directory in it. What lies there is mounted and not
+            copied.
         security_context: By Kubernetes' own names, those of a pod and those of a container together. What
             it leaves open is as for a user without rights: not root, no capabilities.
         gpu_resource: What the cluster calls its GPUs.
@@ -154,6 +160,8 @@ class KubernetesComputeSpec(SpecModel):
     image_conn_id: str | None = None
     docker_url: str | None = None
     helper_image: str = "busybox:1.36"
+    agent_image: str | None = None
+    shared_volumes: dict[str, str] = {}
     service_account: str | None = None
     image_pull_secrets: tuple[str, ...] = ()
     node_selector: dict[str, str] = {}
