@@ -13,7 +13,7 @@ from airflow_mlpipelines.execution.staging import (
     commit_outputs,
     fill_stage,
     keep_run_files,
-    link_inputs,
+    link_data,
     locate_workplace,
 )
 from airflow_mlpipelines.runtime.contract import render_arguments, step_environment
@@ -146,7 +146,7 @@ class StepProgram:
             artifact = self._inputs[item.name]
             if item.mode == "direct" and artifact is not None:
                 inputs[item.name] = artifact.uri
-        link_inputs(workplace.stage, step, paths)
+        link_data(workplace.stage, step, paths)
         argv = render_arguments(
             (*step.command, *step.arguments),
             inputs=inputs,

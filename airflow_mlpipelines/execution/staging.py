@@ -13,6 +13,7 @@ from airflow_mlpipelines.runtime.stage import stage_runtime
 from airflow_mlpipelines.storage.placing import make_writable
 from airflow_mlpipelines.storage.snapshots import unpack_snapshot
 from airflow_mlpipelines.storage.transfer import commit_output, fetch
+from airflow_mlpipelines.storage.uploads import upload_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from airflow_mlpipelines.compute.base import ProcessPaths
-    from airflow_mlpipelines.definition.graph import StepSpec
+    from airflow_mlpipelines.definition.graph import OutputSpec, StepSpec
     from airflow_mlpipelines.storage.artifact import Artifact
     from airflow_mlpipelines.storage.blobs import BlobCache
     from airflow_mlpipelines.storage.stat_cache import StatCache
@@ -68,10 +69,10 @@ def locate_workplace(
     """Return where the step run will work; nothing is made yet.
 
     Outputs are written in place if they all go to one file store, else they are committed from the
-    worker's disk.
+    worker's disk; what is uploaded to places of others is not looked at for that.
     """
     root = settings.work_directory() / step_run_id
-    targets = {output.datastore for output in step.outputs}
+    targets = {output.datastore for output in step.outputs if output.upload is None}
     store = stores[targets.pop()] if len(targets) == 1 else None
     in_place = store is not None and store.is_local
     outputs_root = (
@@ -119,6 +120,9 @@ def fill_stage(
     stage = workplace.stage
     if not adopt:
         _make_anew(stage, stores, snapshot=snapshot)
+        for output in step.outputs:
+            if output.upload is not None:
+                stage.outputs[output.name].mkdir()
     paths = {}
     for item in step.inputs:
         artifact = inputs[item.name]
@@ -154,16 +158,25 @@ def _make_anew(stage: Stage, stores: StoreSet, *, snapshot: str | None) -> None:
         (stage.code / kept).mkdir(parents=True, exist_ok=True)
 
 
-def link_inputs(stage: Stage, step: StepSpec, paths: ProcessPaths) -> None:
-    """Let the step find inputs in its working directory, where ``path_on_compute`` says.
+def link_data(stage: Stage, step: StepSpec, paths: ProcessPaths) -> None:
+    """Let the step find inputs, and directories to upload, in its working directory, where ``path_on_compute`` says.
 
     Raises:
         DataError: A file of the step's own is there already.
     """
-    for item in step.inputs:
-        if item.path_on_compute is None or item.name not in paths.inputs:
+    wanted = [
+        (f"input {item.name!r}", item.path_on_compute, paths.inputs.get(item.name))
+        for item in step.inputs
+    ]
+    wanted += [
+        (f"upload {item.name!r}", item.upload.path_on_compute, paths.outputs[item.name])
+        for item in step.outputs
+        if item.upload is not None
+    ]
+    for port, path_on_compute, target in wanted:
+        if path_on_compute is None or target is None:
             continue
-        link, target = stage.code / item.path_on_compute, paths.inputs[item.name]
+        link = stage.code / path_on_compute
         link.parent.mkdir(parents=True, exist_ok=True)
         try:
             link.symlink_to(target)
@@ -171,7 +184,7 @@ def link_inputs(stage: Stage, step: StepSpec, paths: ProcessPaths) -> None:
             if link.is_symlink() and str(link.readlink()) == target:  # of a try that is adopted
                 continue
             raise DataError(
-                f"step {step.name!r}, input {item.name!r}: path_on_compute is {item.path_on_compute!r}, "
+                f"step {step.name!r}, {port}: path_on_compute is {path_on_compute!r}, "
                 "where the step's own files have something already. Choose another path."
             ) from error
 
@@ -198,14 +211,17 @@ def commit_outputs(
     cache: StatCache | None,
     blobs: BlobCache,
 ) -> dict[str, Artifact]:
-    """Return the step's outputs, digested and where they stay.
+    """Return the step's outputs, digested and where they stay; what goes to places of others comes last.
 
     Raises:
         DataError: The program did not make an output, or made it of the wrong kind.
     """
     artifacts = {}
-    for output in step.outputs:
+    for output in sorted(step.outputs, key=lambda output: output.upload is not None):
         source = workplace.stage.outputs[output.name]
+        if output.upload is not None:
+            artifacts[output.name] = _upload(step, output, stores, source, step_run_id)
+            continue
         try:
             artifacts[output.name] = commit_output(
                 stores[output.datastore],
@@ -219,6 +235,29 @@ def commit_outputs(
         except DataError as error:
             raise DataError(f"step {step.name!r}, output {output.name!r}: {error}") from error
     return artifacts
+
+
+def _upload(
+    step: StepSpec, output: OutputSpec, stores: StoreSet, source: Path, step_run_id: str
+) -> Artifact:
+    """Send files to a place of others, and take them away from here."""
+    if output.upload is None or not source.is_dir():
+        raise DataError(
+            f"step {step.name!r}, upload {output.name!r}: the directory that the program was given is gone."
+        )
+    place = output.upload
+    try:
+        sent = upload_files(
+            stores[output.datastore],
+            place.path,
+            source,
+            overwrite=place.overwrite,
+            step_run=step_run_id,
+        )
+    except DataError as error:
+        raise DataError(f"step {step.name!r}, upload {output.name!r}: {error}") from error
+    shutil.rmtree(source, ignore_errors=True)
+    return sent
 
 
 def keep_run_files(workplace: Workplace, stores: StoreSet) -> list[str]:
