@@ -72,10 +72,12 @@ class RegistrySpec(SpecModel):
     Attributes:
         url: Registry and repository, such as ``registry.example.com/team/env``; tags are ours.
         conn_id: The Airflow connection of type docker that may pull and push there.
+        insecure: Whether it is asked over plain HTTP; a registry of this machine always is.
     """
 
     url: str
     conn_id: str | None = None
+    insecure: bool = False
 
 
 class LocalComputeSpec(SpecModel):
@@ -127,8 +129,17 @@ class KubernetesComputeSpec(SpecModel):
     Attributes:
         conn_id: The Airflow connection to the cluster; None goes by ``in_cluster``, or by ``$KUBECONFIG``.
         image: The image of steps whose environment names none.
+        image_conn_id: The Airflow connection of type docker to look up with what the tags of images mean.
+        docker_url: The Docker daemon that builds its images and pushes them to ``registry``; None is the
+            worker's own.
         helper_image: What carries the files of a step into its pod and out of it: any image with ``sh``, ``tar``
             and ``sha256sum``.
+        agent_image: What carries data between datastores and a pod by itself, past worker and API server: the image
+            of ``images/agent/Dockerfile``, of the workers' release. None lets ``helper_image`` and the worker
+            carry everything.
+        shared_volumes: Directories that the workers share with the pods, and the PersistentVolumeClaim that each
+            is the root of: ``claim``, or ``claim/path`` for a directory in it. What lies there is mounted and not
+            copied.
         security_context: By Kubernetes' own names, those of a pod and those of a container together. What
             it leaves open is as for a user without rights: not root, no capabilities.
         gpu_resource: What the cluster calls its GPUs.
@@ -136,6 +147,8 @@ class KubernetesComputeSpec(SpecModel):
         queue: The Kueue queue that pods wait in.
         startup_timeout_seconds: How long images may be pulled for, once a node was found.
         schedule_timeout_seconds: How long a pod may wait for a node.
+        deferrable: Whether a step that takes long is left to its pod, so that it holds no worker slot.
+        defer_after_seconds: How long a worker stays with its pod before.
         registry: Where images that are built for it are kept; None is the workspace's.
     """
 
@@ -145,7 +158,11 @@ class KubernetesComputeSpec(SpecModel):
     conn_id: str | None = None
     in_cluster: bool | None = None
     image: str | None = None
+    image_conn_id: str | None = None
+    docker_url: str | None = None
     helper_image: str = "busybox:1.36"
+    agent_image: str | None = None
+    shared_volumes: dict[str, str] = {}
     service_account: str | None = None
     image_pull_secrets: tuple[str, ...] = ()
     node_selector: dict[str, str] = {}
@@ -167,6 +184,8 @@ class KubernetesComputeSpec(SpecModel):
     queue: str | None = None
     startup_timeout_seconds: int = 1800
     schedule_timeout_seconds: int = 3600
+    deferrable: bool = True
+    defer_after_seconds: int = Field(default=30, ge=0)
     max_nodes: int | None = None
 
 

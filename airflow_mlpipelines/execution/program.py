@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.caching.decision import MissReason
-from airflow_mlpipelines.compute.base import StepLaunch
+from airflow_mlpipelines.compute.base import DetachedError, RelaunchError, StepLaunch
 from airflow_mlpipelines.definition.graph import ParameterRef
-from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
+from airflow_mlpipelines.exceptions import (
+    ComputeUnavailableError,
+    DataError,
+    EnvironmentBuildError,
+    StepFailedError,
+)
+from airflow_mlpipelines.execution.carrying import leave_to_compute
 from airflow_mlpipelines.execution.staging import (
     FetchedData,
     commit_outputs,
@@ -44,6 +51,7 @@ class StepProgram:
         plan: RunPlan,
         inputs: Mapping[str, Artifact | None],
         services: Services,
+        news: Mapping[str, Any] | None = None,
     ) -> None:
         self._step = step
         self._graph = graph
@@ -51,6 +59,7 @@ class StepProgram:
         self._plan = plan
         self._inputs = inputs
         self._services = services
+        self._news = news
 
     def run(self, held: ExitStack) -> tuple[dict[str, Artifact], dict[str, Any]]:
         """Run the program; return what it made, committed, and the metrics that it logged.
@@ -59,6 +68,7 @@ class StepProgram:
             held: Keeps what the step uses of this machine's blobs until it is closed.
 
         Raises:
+            DetachedError: The program goes on without this worker.
             StepFailedError: The program failed.
             ComputeUnavailableError: Its compute was away, or took it down.
             EnvironmentBuildError: Its environment can't be had.
@@ -70,26 +80,48 @@ class StepProgram:
         environment = launcher.prepare_environment(
             step.environment, self._resolve_environment(), emit=services.emit
         )
+        adopt = launcher.recover(identity.step_run_id, services.handle)
+        while True:
+            try:
+                return self._run_once(environment, held, adopt=adopt)
+            except RelaunchError as error:
+                services.emit(str(error))
+                time.sleep(error.pause)
+            adopt, self._news = False, None
+
+    def _run_once(
+        self, environment: ResolvedEnvironment, held: ExitStack, *, adopt: bool
+    ) -> tuple[dict[str, Artifact], dict[str, Any]]:
+        step, services, identity = self._step, self._services, self._identity
         workplace = locate_workplace(
             step,
             services.stores,
             step_run_id=identity.step_run_id,
             directory=identity.directory(self._graph.name, step.id),
         )
+        snapshot = self._plan.snapshots.get(step.id)
+        workplace = leave_to_compute(
+            workplace,
+            step,
+            services.stores,
+            snapshot=snapshot,
+            inputs=self._inputs,
+            can_carry=services.launcher.can_carry,
+        )
+        # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
+        link = self._graph.computes[step.compute].type == "docker"
+        has_inputs = adopt and services.launcher.carries_files
         workplace = fill_stage(
             workplace,
             step,
             services.stores,
-            snapshot=self._plan.snapshots.get(step.id),
+            snapshot=snapshot,
             inputs=self._inputs,
-            # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
-            fetched=FetchedData(
-                services.blobs, held, link=self._graph.computes[step.compute].type == "docker"
-            ),
-            adopt=launcher.recover(identity.step_run_id, services.handle),
+            fetched=None if has_inputs else FetchedData(services.blobs, held, link=link),
+            adopt=adopt,
         )
         try:
-            metrics = self._launch(workplace, environment)
+            metrics = self._launch(workplace, environment, adopt=adopt)
             outputs = commit_outputs(
                 workplace,
                 step,
@@ -98,7 +130,11 @@ class StepProgram:
                 cache=services.cache,
                 blobs=services.blobs,
             )
-        except (StepFailedError, DataError):
+        except DetachedError:
+            if services.launcher.carries_files:  # else the program works in these very directories
+                workplace.remove()
+            raise
+        except (StepFailedError, DataError, RelaunchError):
             workplace.remove()
             raise
         # Any other error may leave a program alive that the next try adopts, with these directories.
@@ -126,10 +162,14 @@ class StepProgram:
             )
         services.emit(
             "The image's tag has moved since this run was planned: the run keeps its image"
+            if resolved.cacheable
+            else f"The run keeps the image that it was planned with: {resolved.problem}"
         )
         return recalled
 
-    def _launch(self, workplace: Workplace, environment: ResolvedEnvironment) -> dict[str, Any]:
+    def _launch(
+        self, workplace: Workplace, environment: ResolvedEnvironment, *, adopt: bool
+    ) -> dict[str, Any]:
         """Run the program to its end and return the metrics that it logged."""
         step, services, identity = self._step, self._services, self._identity
         paths = services.launcher.process_paths(workplace.stage, environment)
@@ -146,7 +186,8 @@ class StepProgram:
             artifact = self._inputs[item.name]
             if item.mode == "direct" and artifact is not None:
                 inputs[item.name] = artifact.uri
-        link_data(workplace.stage, step, paths)
+        if not adopt:
+            link_data(workplace, step, paths)
         argv = render_arguments(
             (*step.command, *step.arguments),
             inputs=inputs,
@@ -181,9 +222,17 @@ class StepProgram:
             image=environment.image,
             timeout_seconds=step.timeout_seconds,
             labels=identity.labels,
+            carriage=workplace.carriage,
+            detach=services.may_detach,
+            news=self._news,
         )
+        may_be_alive = False
         try:
             services.launcher.run(launch, emit=services.emit, handle=services.handle)
             return read_metrics(workplace.stage.run)
+        except (DetachedError, ComputeUnavailableError):
+            may_be_alive = True
+            raise
         finally:
-            keep_run_files(workplace, services.stores)
+            if not may_be_alive:  # else it may be writing to what would be taken away
+                keep_run_files(workplace, services.stores)

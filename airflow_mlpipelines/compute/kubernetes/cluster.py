@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ _TOO_MANY_REQUESTS = 429
 _SERVER_ERROR = 500
 _ANSWER_SECONDS = 30.0
 _LONGEST_PAUSE = 2.0
+_configuring = threading.Lock()
 
 
 class ClusterError(Exception):
@@ -208,8 +210,18 @@ def connect(compute: KubernetesComputeSpec) -> Cluster:
     Raises:
         ComputeUnavailableError: There is no such connection or configuration.
     """
+    return Cluster(compute, configure(compute))
+
+
+def configure(compute: KubernetesComputeSpec) -> Configuration:
+    """Return the addresses and credentials of the compute's cluster, as they are now.
+
+    Raises:
+        ComputeUnavailableError: As :func:`connect`.
+    """
     try:
-        return Cluster(compute, _configuration(compute))
+        with _configuring:  # the client keeps its defaults in one place for all threads
+            return _configuration(compute)
     except _configuration_errors() as error:
         raise ComputeUnavailableError(
             f"compute {compute.name!r}: no way to its Kubernetes cluster is known here: {error}. Name an "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import multiprocessing
+import os
 import shutil
 import subprocess
 import tarfile
@@ -15,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from airflow_mlpipelines.caching.index import MetadataIndex
 from airflow_mlpipelines.compute.docker import DockerLauncher, builds
 from airflow_mlpipelines.definition.graph import DockerComputeSpec, EnvironmentSpec, RegistrySpec
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, EnvironmentBuildError
+from airflow_mlpipelines.execution.build_leases import make_build_guard
 from tests.integration.docker.cli import docker_cli
 from tests.integration.docker.registry import PASSWORD, USER
 from tests.parts import missing
@@ -102,13 +106,17 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path / "airflow"))
 
 
+BUILT_BY_THE_DAEMON = pytest.mark.parametrize("workshop", ["the daemon"], indirect=True)
+"""For tests of what comes before a build and after it, which whoever builds has no part in."""
+
+
 @pytest.fixture(params=["the daemon", "buildx"])
 def workshop(
     request: pytest.FixtureRequest, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Workshop]:
     with_buildx = request.param == "buildx"
     if with_buildx and not builds.has_buildx():
-        pytest.skip("no docker buildx: no distribution of CI's has it")
+        missing("no docker buildx (.ci/buildx.sh builds it)")
     monkeypatch.setattr(builds, "has_buildx", lambda: with_buildx)
     made = Workshop(image)
     try:
@@ -149,6 +157,7 @@ def test_a_step_runs_on_the_packages_of_its_environment(
     assert any("1 of 3 requirement lines name no exact version" in line for line in lines)
 
 
+@BUILT_BY_THE_DAEMON
 def test_an_image_that_was_built_is_not_built_again(workshop: Workshop, wheels: Path) -> None:
     environment = with_wheels(wheels)
     launcher = workshop.launcher()
@@ -177,6 +186,7 @@ def test_two_steps_at_once_build_one_image(workshop: Workshop, wheels: Path) -> 
     assert sum(line.startswith("Waiting for whoever is building") for line in lines) == 2
 
 
+@BUILT_BY_THE_DAEMON
 def test_a_base_that_moved_is_another_environment(workshop: Workshop, wheels: Path) -> None:
     environment = with_wheels(wheels)
     launcher = workshop.launcher()
@@ -190,6 +200,7 @@ def test_a_base_that_moved_is_another_environment(workshop: Workshop, wheels: Pa
     assert packages[0]["base image"] != packages[1]["base image"]
 
 
+@BUILT_BY_THE_DAEMON
 def test_a_package_that_changed_is_another_environment(workshop: Workshop, wheels: Path) -> None:
     environment = with_wheels(wheels)
     one, _ = workshop.prepare(environment)
@@ -237,6 +248,7 @@ def make_deb(directory: Path) -> bytes:
     return (directory / "tool.deb").read_bytes()
 
 
+@BUILT_BY_THE_DAEMON
 def test_apt_packages_are_installed(workshop: Workshop, tmp_path: Path) -> None:
     deb = make_deb(tmp_path)
     index = "Package: mlp-tool\nVersion: 1.0\nArchitecture: all\nFilename: ./tool.deb\n"
@@ -256,6 +268,7 @@ def test_apt_packages_are_installed(workshop: Workshop, tmp_path: Path) -> None:
     assert "Correct apt=" in str(error.value)
 
 
+@BUILT_BY_THE_DAEMON
 def test_a_conda_file_is_for_bases_that_have_conda(workshop: Workshop) -> None:
     environment = EnvironmentSpec(name="e", conda={"dependencies": ["numpy=2.*"]})
     with pytest.raises(EnvironmentBuildError, match="neither conda nor mamba nor micromamba") as e:
@@ -351,6 +364,7 @@ def forget_builds(registry: Registry) -> None:
         docker_cli("rmi", "-f", *found)
 
 
+@BUILT_BY_THE_DAEMON
 def test_what_one_machine_built_another_one_pulls(
     workshop: Workshop, wheels: Path, registry: Registry, shared: RegistrySpec
 ) -> None:
@@ -387,6 +401,7 @@ def test_a_base_in_a_registry_is_built_upon_by_its_digest(
     assert (there.cacheable, there.digest) == (True, known.digest)
 
 
+@BUILT_BY_THE_DAEMON
 def test_who_may_not_push_is_told_and_the_image_is_kept_for_the_next_try(
     workshop: Workshop, wheels: Path, shared: RegistrySpec
 ) -> None:
@@ -400,6 +415,7 @@ def test_who_may_not_push_is_told_and_the_image_is_kept_for_the_next_try(
     assert any(line.startswith("Pushed image") for line in lines)
 
 
+@BUILT_BY_THE_DAEMON
 def test_a_push_that_failed_is_made_up_for_without_building_again(
     workshop: Workshop, wheels: Path, shared: RegistrySpec
 ) -> None:
@@ -410,8 +426,50 @@ def test_a_push_that_failed_is_made_up_for_without_building_again(
     assert not any(line.startswith("Building") for line in lines)
 
 
+@BUILT_BY_THE_DAEMON
 def test_a_registry_that_does_not_answer_is_no_fault_of_the_environment(
     workshop: Workshop, wheels: Path
 ) -> None:
     with pytest.raises(ComputeUnavailableError, match="can't be asked"):
         workshop.prepare(with_wheels(wheels), RegistrySpec(url="127.0.0.1:9/team/env"))
+
+
+@BUILT_BY_THE_DAEMON
+def test_two_machines_with_one_metadata_database_build_an_image_once(
+    workshop: Workshop, shared: RegistrySpec, tmp_path: Path
+) -> None:
+    dockerfile = f"FROM {workshop.name}\nRUN echo {uuid.uuid4().hex}; sleep 3\n"
+    environment = EnvironmentSpec(name="slow", dockerfile=dockerfile)
+    url = f"sqlite:///{tmp_path}/metadata.db"
+    MetadataIndex(url).get_contents([])  # its tables are there
+
+    def build(machine: str, into: Any) -> None:
+        os.environ["AIRFLOW_HOME"] = str(tmp_path / machine)  # and so the locks on files
+        launcher, lines = workshop.launcher(shared), list[str]()
+        launcher.build_guard = make_build_guard(MetadataIndex(url), f"the step on {machine}")
+        resolved = launcher.resolve_environment(environment)
+        prepared = launcher.prepare_environment(environment, resolved, emit=lines.append)
+        into.put((prepared.image, lines))
+
+    context = multiprocessing.get_context("fork")
+    made: Any = context.Queue()
+    machines = [context.Process(target=build, args=(name, made)) for name in ("one", "two")]
+    for machine in machines:
+        machine.start()
+    try:
+        results = [made.get(timeout=120) for _ in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+            machine.join()
+    assert len({image for image, _ in results}) == 1
+    (builder, _), (waiter, _) = sorted(
+        ((lines, image) for image, lines in results),
+        key=lambda made: not any(line.startswith("Building image") for line in made[0]),
+    )
+    assert any(line.startswith("Pushed image") for line in builder)
+    assert not any(line.startswith(("Building image", "Pushed image")) for line in waiter)
+    assert any(
+        line.startswith("Waiting for the step on ") and ", which is building mlp" in line
+        for line in waiter
+    )
