@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-from
-EXTRAS := docker,kubernetes,s3,gcs,azure,sftp,http,postgres,celery,demo
+EXTRAS := docker,kubernetes,conda,s3,gcs,azure,sftp,http,postgres,celery,demo
 # Some machines forbid Python to write bytecode; an uncompiled Airflow is slow in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
