@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -424,29 +425,43 @@ def test_a_step_is_left_to_itself_while_its_inputs_are_fetched_and_committed_by_
     carriage = step.carriage(lake, "table")
     lake.slow = 8.0
     launcher = step.launcher(defer_after_seconds=1)
-    lines: list[str] = []
     options: dict[str, Any] = {"launcher": launcher, "carriage": carriage, "detach": True}
-    while True:
-        try:
-            step.python(COPY, **options)
-            break
-        except DetachedError as detached:
-            watch = PodWatch.from_dict(detached.watch)
-            assert lake.secret not in str(detached.watch)
-        lines += step.lines
+    lines: list[str] = []
+    watches = []
+    while (watch := find_watch(step, lines, **options)) is not None:
+        watches.append(watch)
         was_fetching = not any("is there" in line for line in lines)
-        awaiter = PodAwaiter(watch, lambda _, line: lines.append(line))
+        awaiter = PodAwaiter(PodWatch.from_dict(watch), partial(keep_line, lines))
         news = asyncio.run(awaiter.wait())
         carriage = step.carriage(lake, "table")
-        options |= {"carriage": carriage, "news": news.to_dict(), "launcher": step.launcher()}
-    lines += step.lines
+        options |= {"carriage": carriage, "news": news.to_dict()}
+        options["launcher"] = step.launcher(defer_after_seconds=1)
 
     assert was_fetching
     assert news.reason is Reason.ENDED
-    told = sorted(line.partition(": ")[0].partition(" is there")[0] for line in lines)
-    assert told == ["Fetching input 'table'", "Input 'table'", "Output 'model'", "['a.txt']"]
+    assert lake.secret not in str(watches)
+    told = {line.partition(": ")[0].partition(" is there")[0] for line in lines}
+    own = {"Read-only file system", "['a.txt']"}
+    assert told == {"Fetching input 'table'", "Input 'table'", "Output 'model'", *own}
+    assert len(lines) == len(told)
     assert carriage.committed["model"].files == 1
     assert step.look.secrets() == []
+
+
+def find_watch(step: CarriedStep, lines: list[str], **options: Any) -> dict[str, Any] | None:
+    """Run the step; return what to wait for if it is left to itself, and None if it has ended."""
+    try:
+        step.python(COPY, **options)
+    except DetachedError as detached:
+        return detached.watch
+    else:
+        return None
+    finally:
+        lines += step.lines
+
+
+def keep_line(lines: list[str], _time: str, line: str) -> None:
+    lines.append(line)
 
 
 def test_a_step_that_is_killed_while_its_inputs_are_fetched_is_gone_at_once(
