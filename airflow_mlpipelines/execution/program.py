@@ -20,7 +20,7 @@ from airflow_mlpipelines.execution.staging import (
     commit_outputs,
     fill_stage,
     keep_run_files,
-    link_inputs,
+    link_data,
     locate_workplace,
 )
 from airflow_mlpipelines.runtime.contract import render_arguments, step_environment
@@ -187,7 +187,7 @@ class StepProgram:
             if item.mode == "direct" and artifact is not None:
                 inputs[item.name] = artifact.uri
         if not adopt:
-            link_inputs(workplace, step, paths)
+            link_data(workplace, step, paths)
         argv = render_arguments(
             (*step.command, *step.arguments),
             inputs=inputs,

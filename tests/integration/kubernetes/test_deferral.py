@@ -10,6 +10,7 @@ import pytest
 
 from airflow_mlpipelines.cli.stack import AirflowStack
 from airflow_mlpipelines.submission.rest import AirflowClient
+from tests.integration.kubernetes.rights import grant_rights
 from tests.integration.kubernetes.steps import IMAGE, make_api, wait_until
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ def airflow(cluster: Any, tmp_path_factory: Any) -> Iterator[AirflowClient]:
     dags = home / "dags"
     dags.mkdir()
     (dags / "pods.py").write_text(DAG.format(namespace=cluster.namespace, image=IMAGE))
-    settings = {"KUBECONFIG": str(cluster.kubeconfig)}
+    account = grant_rights(cluster)[0]  # with no other rights than those that we say it takes
+    account.write_kubeconfig(home / "kubeconfig")
+    settings = {"KUBECONFIG": str(home / "kubeconfig")}
     with AirflowStack(home, dags, settings=settings) as stack:
         client = AirflowClient(stack.url, username=stack.username, password=stack.password)
         for dag_id in ("counting", "endless"):
