@@ -372,7 +372,7 @@ class PodAttendant:
                 break
             ended = container_state(pod, STAGE)[0] == "terminated"
             with suppress(ClusterError):
-                follower.read(follow=True, until=self._stays_until)
+                follower.read(follow=True, until=math.inf if ended else self._stays_until)
             if ended:
                 break
             if time.monotonic() > self._stays_until:
