@@ -35,7 +35,8 @@ class Stage:
         runtime: A directory for ``PYTHONPATH`` with the runtime package in it.
         run: Where process and worker exchange files (``metrics.jsonl`` and the like). Writable.
         inputs: Each input's name and the file or directory with its data. Not to be written.
-        outputs: Each output's name and the path where the process shall make it. Not there yet.
+        outputs: Each output's name and the path where the process shall make it. Not there yet, but for directories
+            whose files are to be uploaded.
         outputs_root: The directory that all the outputs' paths lie in. Writable.
         carried: Inputs that are not on this machine, as the compute fetches them by itself: each one's name,
             and its path below the directory in which the process finds its inputs.
