@@ -77,16 +77,16 @@ class StepProgram:
         step, services, identity = self._step, self._services, self._identity
         launcher = services.launcher
         launcher.check_resources(step.name, step.resources)
-        environment = launcher.prepare_environment(
-            step.environment, self._resolve_environment(), emit=services.emit
-        )
         adopt = launcher.recover(identity.step_run_id, services.handle)
+        environment = self._prepare_environment(adopt=adopt)
         while True:
             try:
                 return self._run_once(environment, held, adopt=adopt)
             except RelaunchError as error:
                 services.emit(str(error))
                 time.sleep(error.pause)
+            if adopt:
+                environment = self._prepare_environment(adopt=False)
             adopt, self._news = False, None
 
     def _run_once(
@@ -140,6 +140,19 @@ class StepProgram:
         # Any other error may leave a program alive that the next try adopts, with these directories.
         workplace.remove()
         return outputs, metrics
+
+    def _prepare_environment(self, *, adopt: bool) -> ResolvedEnvironment:
+        """Return the environment, ready to run; a program that runs already needs nothing of a registry or daemon."""
+        resolved = self._resolve_environment()
+        try:
+            return self._services.launcher.prepare_environment(
+                self._step.environment, resolved, emit=self._services.emit
+            )
+        except (ComputeUnavailableError, EnvironmentBuildError) as error:
+            if not adopt or resolved.image is None:
+                raise
+            self._services.emit(f"Not needed by what runs already: {error}")
+            return resolved
 
     def _resolve_environment(self) -> ResolvedEnvironment:
         """Return the environment that the plan names, also if a tag has moved since, where that can be had."""
