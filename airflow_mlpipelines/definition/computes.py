@@ -101,7 +101,7 @@ class KubernetesCompute(ComputeTarget):
     Args:
         name: Its name.
         fields: As :class:`~airflow_mlpipelines.definition.graph.KubernetesComputeSpec` has them:
-            ``namespace``, ``image``, ``gpus``, ``gpu_resource``, ``node_selector`` and so on.
+            ``namespace``, ``image``, ``gpus``, ``gpu_resource``, ``node_selector``, ``deferrable`` and so on.
 
     Raises:
         DefinitionError: A field is unknown or of the wrong type.
