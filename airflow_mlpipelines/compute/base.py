@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.compute.built_images import ImageDefinition
     from airflow_mlpipelines.definition.graph import EnvironmentSpec, ResourcesSpec
+    from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.stores import Store
 
 Emit = Callable[[str], None]
 """Takes one line that the step printed, without its line end, as soon as it is there."""
@@ -35,6 +37,8 @@ class Stage:
         inputs: Each input's name and the file or directory with its data. Not to be written.
         outputs: Each output's name and the path where the process shall make it. Not there yet.
         outputs_root: The directory that all the outputs' paths lie in. Writable.
+        carried: Inputs that are not on this machine, as the compute fetches them by itself: each one's name,
+            and its path below the directory in which the process finds its inputs.
     """
 
     root: Path
@@ -44,6 +48,7 @@ class Stage:
     inputs: Mapping[str, Path]
     outputs: Mapping[str, Path]
     outputs_root: Path
+    carried: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,45 @@ def digest_variables(environment: EnvironmentSpec | None) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class CarriedOutput:
+    """Where the compute commits an output to.
+
+    Attributes:
+        is_directory: What it was declared as; None takes either.
+    """
+
+    store: Store
+    path: str
+    is_directory: bool | None
+
+
+@dataclass(frozen=True)
+class Carriage:
+    """Data that the compute carries between datastores and the step by itself, past the worker.
+
+    Attributes:
+        snapshot: The datastore and the digest of the step's code; None if the stage has the code.
+        inputs: What is fetched, and from where.
+        links: Where links to inputs shall be in the code: each input's name, and ``path_on_compute``. Only with
+            ``snapshot``; else the stage has them.
+        outputs: What is committed, and where to.
+        kept: The datastore and the directory for ``./outputs`` and ``./logs``; None if the worker keeps them.
+        committed: What the compute has committed: the launcher notes it here before its ``run`` returns.
+    """
+
+    snapshot: tuple[Store, str] | None = None
+    inputs: Mapping[str, tuple[Store, Artifact]] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, CarriedOutput] = field(default_factory=dict)
+    kept: tuple[Store, str] | None = None
+    committed: dict[str, Artifact] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to carry."""
+        return bool(self.snapshot or self.inputs or self.outputs or self.kept)
+
+
+@dataclass(frozen=True)
 class StepLaunch:
     """All that a launcher needs to know of one step run.
 
@@ -112,6 +156,7 @@ class StepLaunch:
         image: The image's reference, for launchers of containers.
         labels: ``dag_id``, ``run_id``, ``task_id``, ``map_index``, ``try_number``, as text.
         timeout_seconds: The program is killed after this long.
+        carriage: What the compute carries by itself; only what its launcher said it can.
         detach: Whether the launcher may leave a long program to itself, with :class:`DetachedError`.
         news: What was found out about a program that was left to itself, as the launcher's trigger told
             it; None in a try's first worker.
@@ -127,6 +172,7 @@ class StepLaunch:
     image: str | None = None
     timeout_seconds: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    carriage: Carriage = field(default_factory=Carriage)
     detach: bool = False
     news: Mapping[str, Any] | None = None
 
@@ -249,6 +295,14 @@ class Launcher(ABC):
         """
         del environment, resolved
         return None
+
+    def can_carry(self, store: Store) -> bool:
+        """Return whether the compute itself moves data between ``store`` and a step, past the worker.
+
+        By default it can't: the worker fetches inputs, and commits outputs.
+        """
+        del store
+        return False
 
     def define_image(self, environment: EnvironmentSpec) -> ImageDefinition | None:
         """Return the image that is built for an environment here; None where no image is.

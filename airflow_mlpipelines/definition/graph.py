@@ -17,6 +17,7 @@ REGENERATE_ALL = "all"
 ParameterValue = str | int | float | bool
 ParameterType = Literal["string", "int", "float", "bool"]
 Mode = Literal["mount", "download", "direct"]
+ReferenceMode = Literal["mount", "download", "direct", "upload"]
 OutputMode = Literal["mount", "upload"]
 Gpus = int | tuple[str, ...] | None
 """The GPUs of one machine: their number, or their ids (``GPU-…``, or numbers as text)."""
@@ -133,6 +134,12 @@ class KubernetesComputeSpec(SpecModel):
             worker's own.
         helper_image: What carries the files of a step into its pod and out of it: any image with ``sh``, ``tar``
             and ``sha256sum``.
+        agent_image: What carries data between datastores and a pod by itself, past worker and API server: the image
+            of ``images/agent/Dockerfile``, of the workers' release. None lets ``helper_image`` and the worker
+            carry everything.
+        shared_volumes: Directories that the workers share with the pods, and the PersistentVolumeClaim that each
+            is the root of: ``claim``, or ``claim/path`` for a directory in it. What lies there is mounted and not
+            copied.
         security_context: By Kubernetes' own names, those of a pod and those of a container together. What
             it leaves open is as for a user without rights: not root, no capabilities.
         gpu_resource: What the cluster calls its GPUs.
@@ -154,6 +161,8 @@ class KubernetesComputeSpec(SpecModel):
     image_conn_id: str | None = None
     docker_url: str | None = None
     helper_image: str = "busybox:1.36"
+    agent_image: str | None = None
+    shared_volumes: dict[str, str] = {}
     service_account: str | None = None
     image_pull_secrets: tuple[str, ...] = ()
     node_selector: dict[str, str] = {}
@@ -286,12 +295,27 @@ class InputSpec(SpecModel):
     path_on_compute: str | None = None
 
 
+class UploadSpec(SpecModel):
+    """A place that others may know, to which a step's files are uploaded once it has succeeded.
+
+    Attributes:
+        path: The directory on the datastore.
+        path_on_compute: Where the step's process writes them, besides the path that it is given.
+        overwrite: Whether files of the same names that are there are replaced; else they are an error.
+    """
+
+    path: str
+    path_on_compute: str | None = None
+    overwrite: bool = False
+
+
 class OutputSpec(SpecModel):
     """A named output of a step.
 
     Attributes:
         is_directory: True or False where the author says so; None takes what the program makes.
         pipeline_output_name: The name under which the run as a whole offers it.
+        upload: Where it goes; None for a place of the step run's own.
     """
 
     name: str
@@ -300,6 +324,7 @@ class OutputSpec(SpecModel):
     mode: OutputMode = "mount"
     data_type: str | None = None
     pipeline_output_name: str | None = None
+    upload: UploadSpec | None = None
 
 
 # ---- steps -------------------------------------------------------------------------------------

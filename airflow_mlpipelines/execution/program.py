@@ -13,13 +13,19 @@ from airflow_mlpipelines.compute.base import (
     StepLaunch,
 )
 from airflow_mlpipelines.definition.graph import ParameterRef
-from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
+from airflow_mlpipelines.exceptions import (
+    ComputeUnavailableError,
+    DataError,
+    EnvironmentBuildError,
+    StepFailedError,
+)
+from airflow_mlpipelines.execution.carrying import leave_to_compute
 from airflow_mlpipelines.execution.staging import (
     FetchedData,
     commit_outputs,
     fill_stage,
     keep_run_files,
-    link_inputs,
+    link_data,
     locate_workplace,
 )
 from airflow_mlpipelines.runtime.contract import render_arguments, step_environment
@@ -101,19 +107,28 @@ class StepProgram:
             step_run_id=identity.step_run_id,
             directory=identity.directory(self._graph.name, step.id),
         )
+        snapshot = self._plan.snapshots.get(step.id)
+        workplace = leave_to_compute(
+            workplace,
+            step,
+            services.stores,
+            snapshot=snapshot,
+            inputs=self._inputs,
+            can_carry=services.launcher.can_carry,
+        )
         # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
         link = self._graph.computes[step.compute].type == "docker"
         workplace = fill_stage(
             workplace,
             step,
             services.stores,
-            snapshot=self._plan.snapshots.get(step.id),
+            snapshot=snapshot,
             inputs=self._inputs,
             fetched=None if is_elsewhere else FetchedData(services.blobs, held, link=link),
             adopt=adopt,
         )
         try:
-            metrics = self._launch(workplace, environment)
+            metrics = self._launch(workplace, environment, adopt=adopt)
             outputs = commit_outputs(
                 workplace,
                 step,
@@ -122,7 +137,11 @@ class StepProgram:
                 cache=services.cache,
                 blobs=services.blobs,
             )
-        except (StepFailedError, DataError, DetachedError, RelaunchError):
+        except DetachedError:
+            if services.launcher.carries_files:  # else the program works in these very directories
+                workplace.remove()
+            raise
+        except (StepFailedError, DataError, RelaunchError):
             workplace.remove()
             raise
         # Any other error may leave a program alive that the next try adopts, with these directories.
@@ -155,7 +174,9 @@ class StepProgram:
         )
         return recalled
 
-    def _launch(self, workplace: Workplace, environment: ResolvedEnvironment) -> dict[str, Any]:
+    def _launch(
+        self, workplace: Workplace, environment: ResolvedEnvironment, *, adopt: bool
+    ) -> dict[str, Any]:
         """Run the program to its end and return the metrics that it logged."""
         step, services, identity = self._step, self._services, self._identity
         paths = services.launcher.process_paths(workplace.stage, environment)
@@ -172,7 +193,8 @@ class StepProgram:
             artifact = self._inputs[item.name]
             if item.mode == "direct" and artifact is not None:
                 inputs[item.name] = artifact.uri
-        link_inputs(workplace.stage, step, paths)
+        if not adopt:
+            link_data(workplace, step, paths)
         argv = render_arguments(
             (*step.command, *step.arguments),
             inputs=inputs,
@@ -207,11 +229,17 @@ class StepProgram:
             image=environment.image,
             timeout_seconds=step.timeout_seconds,
             labels=identity.labels,
+            carriage=workplace.carriage,
             detach=services.may_detach,
             news=self._news,
         )
+        may_be_alive = False
         try:
             services.launcher.run(launch, emit=services.emit, handle=services.handle)
             return read_metrics(workplace.stage.run)
+        except (DetachedError, ComputeUnavailableError):
+            may_be_alive = True
+            raise
         finally:
-            keep_run_files(workplace, services.stores)
+            if not may_be_alive:  # else it may be writing to what would be taken away
+                keep_run_files(workplace, services.stores)

@@ -6,14 +6,18 @@ import logging
 import math
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import DetachedError
 from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
-from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError, ClusterLostError
+from airflow_mlpipelines.compute.kubernetes.cluster import (
+    PATIENCE_SECONDS,
+    ClusterError,
+    ClusterLostError,
+)
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews, PodWatch, Reason
 from airflow_mlpipelines.compute.kubernetes.failures import (
     end_failure,
@@ -29,12 +33,19 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     create_secret,
     discard,
     has_files,
+    remove_pod,
     take_over,
 )
 from airflow_mlpipelines.compute.kubernetes.logs import LogFollower, read_tail
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP, label_value
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
 from airflow_mlpipelines.compute.kubernetes.transfer import collect, deliver
+from airflow_mlpipelines.compute.kubernetes.volumes import (
+    hand_over,
+    has_helpers,
+    look_again,
+    writes_in_place,
+)
 from airflow_mlpipelines.compute.kubernetes.watch import (
     Observer,
     PodEnd,
@@ -43,12 +54,14 @@ from airflow_mlpipelines.compute.kubernetes.watch import (
     StillWaitingError,
     await_removal,
     container_state,
+    is_leaving,
     watch_step,
 )
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from airflow_mlpipelines.compute.base import Emit, StepLaunch
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
@@ -62,6 +75,7 @@ TAIL_LINES = 50
 """How much of its log a failed step's error shows."""
 _GONE_SECONDS = 15.0
 _INTERRUPTED_SECONDS = 4.0
+_PAUSE = 0.2
 _GIVEN_UP = (Reason.HOPELESS, Reason.UNSCHEDULED, Reason.UNSTARTED)
 """What a trigger finds by the time that a pod has waited, of which its next worker knows nothing."""
 
@@ -140,6 +154,7 @@ class PodAttendant:
         if pod is None:
             if self._stops.killed:
                 raise self._was_killed()
+            hand_over(self._spec)
             pod = create_pod(self._cluster, self._spec, self._token)
             self._prepare(pod, is_new=True)
         else:
@@ -196,14 +211,10 @@ class PodAttendant:
             if is_new:
                 self._note.set(uid)
                 log.info("Pod %s in namespace %s", spec.name, cluster.namespace)
-                if spec.secrets:
+                if spec.needs_secret:
                     create_secret(cluster, spec, pod)
-            try:
-                self._await(lambda found: container_state(found, STAGE)[0] == "running")
-            except StillWaitingError as error:
-                raise self._detach(error.pod, Awaited.FILES) from None
-            self._note.set(uid)
-            deliver(cluster, spec, self._launch.stage)
+            if has_helpers(pod):
+                self._deliver(uid)
         except DetachedError:
             raise
         except BaseException:
@@ -212,10 +223,26 @@ class PodAttendant:
             self._note.set(None)
             raise
 
+    def _deliver(self, uid: str) -> None:
+        """Send the step's files once the pod can take them.
+
+        Raises:
+            DetachedError: It waits in a queue, and goes on doing so without this worker.
+        """
+        try:
+            self._await(lambda found: container_state(found, STAGE)[0] == "running")
+        except StillWaitingError as error:
+            raise self._detach(error.pod, Awaited.FILES) from None
+        self._note.set(uid)
+        deliver(self._cluster, self._spec, self._launch.stage)
+
     def _detach(
-        self, pod: Mapping[str, Any], awaits: Awaited, follower: LogFollower | None = None
+        self,
+        pod: Mapping[str, Any],
+        awaits: Awaited,
+        logs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> DetachedError:
-        """Return what to raise to leave the pod to itself."""
+        """Return what to raise to leave the pod to itself; ``logs`` says how far they were handed on."""
         meta, spec, compute = pod["metadata"], self._spec, self._compute
         self._note.set(meta["uid"], awaits=awaits.value)
         what = "waits for its node and images" if awaits is Awaited.FILES else "goes on"
@@ -227,12 +254,12 @@ class PodAttendant:
             in_cluster=compute.in_cluster,
             selector=f"{STEP_RUN_LABEL}={label_value(spec.step_run_id)}",
             pods={spec.name: meta["uid"]},
-            secret=spec.name if spec.secrets else None,
+            secret=spec.name if spec.needs_secret else None,
             awaits=awaits,
             schedule_seconds=compute.schedule_timeout_seconds,
             startup_seconds=compute.startup_timeout_seconds,
             timeout_seconds=self._launch.timeout_seconds,
-            logs={spec.name: follower.to_dict() if follower is not None else self._log_position()},
+            logs={spec.name: self._log_position(), **(logs or {})},
         )
         return DetachedError(watch.to_dict())
 
@@ -280,6 +307,8 @@ class PodAttendant:
         cluster, spec = self._cluster, self._spec
         over = threading.Event()
         try:
+            if self._launch.carriage:
+                self._follow_staging(emit)
             pod = self._await_step()
             if self._launch.timeout_seconds is not None:
                 arguments = (pod, self._launch.timeout_seconds, over)
@@ -287,7 +316,7 @@ class PodAttendant:
             end = self._follow(pod, emit)
             if not belongs_to(end.pod, self._token):
                 raise _AdoptedByAnotherError
-            self._fetch(end)
+            self._fetch(end, emit)
         except _AdoptedByAnotherError as error:
             raise StepFailedError(
                 self._launch.step_name, "a later try has adopted its pod, and goes on with it"
@@ -307,12 +336,49 @@ class PodAttendant:
             raise
         finally:
             over.set()
-        with suppress(ClusterError):  # what is left, the next try removes
-            discard(cluster, spec, pod, seconds=1)
-        if self._stops:
-            self._await_removal(cluster, pod, _GONE_SECONDS)
+        self._remove(pod)
         self._note.set(None)
         return end
+
+    def _remove(self, pod: Mapping[str, Any]) -> None:
+        """Remove a pod whose end is known, and of which nothing is needed any more.
+
+        Raises:
+            ComputeUnavailableError: It does not go, and could still write to a volume.
+        """
+        with suppress(ClusterError):  # what is left, the next try removes
+            discard(self._cluster, self._spec, pod, seconds=1)
+        if self._stops:
+            self._await_removal(self._cluster, pod, _GONE_SECONDS)
+        elif writes_in_place(pod):
+            # Only what can't change any more is digested.
+            remove_pod(self._cluster, pod)
+            look_again(self._launch.stage.outputs_root)
+
+    def _follow_staging(self, emit: Emit) -> None:
+        """Hand on what the agent says until it has ended, however long that takes: as there are data."""
+        log_name = f"{self._spec.name}/{STAGE}"
+        position = None
+        if self._news is not None:
+            position = self._news.logs.get(log_name)
+            if position is None:  # an earlier worker has handed on all of it
+                return
+        follower = LogFollower(self._cluster, self._spec.name, emit, position, container=STAGE)
+        while True:
+            pod, _ = self._cluster.find_patiently(
+                "pods", self._spec.name, patience=PATIENCE_SECONDS
+            )
+            if pod is None or is_leaving(pod):
+                break
+            ended = container_state(pod, STAGE)[0] == "terminated"
+            with suppress(ClusterError):
+                follower.read(follow=True, until=math.inf if ended else self._stays_until)
+            if ended:
+                break
+            if time.monotonic() > self._stays_until:
+                raise self._detach(pod, Awaited.END, logs={log_name: follower.to_dict()})
+            time.sleep(_PAUSE)
+        follower.finish()
 
     def _await_step(self) -> Mapping[str, Any]:
         """Return the pod once its step has begun."""
@@ -325,10 +391,10 @@ class PodAttendant:
         """Hand on the step's log until it ends; return how."""
         cluster, spec = self._cluster, self._spec
         follower = LogFollower(cluster, spec.name, emit, self._log_position())
-        with (
-            RunFileRelay(cluster, spec.name, self._launch.stage),
-            Observer(cluster, pod) as observer,
-        ):
+        relay: AbstractContextManager[object] = nullcontext()
+        if has_helpers(pod):
+            relay = RunFileRelay(cluster, spec.name, self._launch.stage)
+        with relay, Observer(cluster, pod) as observer:
             try:
                 return watch_step(
                     cluster,
@@ -339,10 +405,11 @@ class PodAttendant:
                     until=self._stays_until,
                 )
             except StillWaitingError as error:
-                raise self._detach(error.pod, Awaited.END, follower) from None
+                position = {spec.name: follower.to_dict()}
+                raise self._detach(error.pod, Awaited.END, logs=position) from None
 
-    def _fetch(self, end: PodEnd) -> None:
-        """Bring to the worker what the step has made."""
+    def _fetch(self, end: PodEnd, emit: Emit) -> None:
+        """Have what the step has made committed, or bring it to the worker."""
         succeeded = end.step is not None and end.step.get("exitCode") == 0 and not self._stops
         spec = self._spec
         if self._news is not None and not succeeded:  # a trigger has handed on the lines before
@@ -350,8 +417,10 @@ class PodAttendant:
         image = _image_id(end.pod)
         if image is not None and "@" not in spec.image_name:
             log.info("Image %s was %s", spec.image_name, image)
+        if not has_helpers(end.pod):
+            return  # all of it is where the worker sees it
         try:
-            collect(self._cluster, spec.name, self._launch.stage, with_outputs=succeeded)
+            collect(self._cluster, spec, self._launch, emit=emit, with_outputs=succeeded)
         except ClusterError as error:
             if succeeded and self._cluster.find("pods", spec.name) is None:
                 raise lost_unseen(self._launch.step_name, end.pod) from error

@@ -92,7 +92,7 @@ class PodAwaiter:
             await asyncio.gather(contact, *tasks, return_exceptions=True)
         logs: dict[str, Any] = dict(self._watch.logs)
         if tasks:
-            logs = {name: log.to_dict() for name, log in self._logs.items()}
+            logs |= {name: log.to_dict() for name, log in self._logs.items()}
         gone = {name: remember(pod) for name, pod in self._last.items()}
         return PodNews(reason, message, gone if reason in _REACHED else {}, logs)
 

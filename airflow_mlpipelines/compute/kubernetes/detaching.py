@@ -63,6 +63,7 @@ class PodWatch:
         secret: The name of their Secret, which a kill removes; None without one.
         awaits: What to wait for.
         logs: For each pod how far its log was read (:meth:`~.logs.StepLog.to_dict`); None from the beginning.
+            Under ``<pod>/stage``, that of its agent, of which the next worker reads the rest.
     """
 
     compute: str
@@ -191,7 +192,9 @@ def _judge_end(watch: PodWatch, pod: Json, now: datetime) -> Reason | None:
     if is_over(pod):
         return Reason.OVER
     if state == "waiting":
-        _, staged = container_state(pod, STAGE)
+        stage, staged = container_state(pod, STAGE)
+        if stage == "running":  # the agent takes as long as there are data
+            return None
         since = _time(staged.get("finishedAt")) or _scheduled_at(pod)
         return _judge_start(watch, pod, now, since)
     began = _time(facts.get("startedAt"))

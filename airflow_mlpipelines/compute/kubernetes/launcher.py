@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import Launcher
 from airflow_mlpipelines.compute.container_layout import container_paths
+from airflow_mlpipelines.compute.kubernetes.agent import add_agent, can_carry
 from airflow_mlpipelines.compute.kubernetes.attending import TAIL_LINES, PodAttendant, Stops
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     PATIENCE_SECONDS,
@@ -34,6 +35,7 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
 from airflow_mlpipelines.compute.kubernetes.pod import plan_pod, pod_name
 from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
 from airflow_mlpipelines.compute.kubernetes.template import lay_over, read_template
+from airflow_mlpipelines.compute.kubernetes.volumes import SHARED_WORK, mount_shared
 from airflow_mlpipelines.exceptions import DataError, StepFailedError
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
     from airflow_mlpipelines.definition.graph import EnvironmentSpec, KubernetesComputeSpec
+    from airflow_mlpipelines.storage.stores import Store
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +103,10 @@ class KubernetesLauncher(Launcher):
             ComputeUnavailableError: The registry, or the daemon that is to build it, does not answer.
         """
         return self._images.prepare(environment, resolved, emit=emit, guard=self.build_guard)
+
+    def can_carry(self, store: Store) -> bool:
+        """Return whether the pod's agent can open ``store``, as any machine can that has its credentials."""
+        return can_carry(self._compute, store)
 
     def recall_environment(
         self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
@@ -202,6 +209,10 @@ class KubernetesLauncher(Launcher):
     def _plan(self, launch: StepLaunch) -> PodSpec:
         image = self._images.name or launch.image or ""
         spec = plan_pod(launch, self._compute, image_name=image)
+        if launch.carriage:
+            spec = add_agent(spec, launch, self._compute)
+        spec = mount_shared(spec, launch, self._compute)
+        self.carries_files = SHARED_WORK not in spec.shared
         if self._compute.pod_template_file is not None:
             try:
                 template = read_template(self._compute.pod_template_file)

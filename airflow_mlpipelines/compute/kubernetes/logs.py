@@ -113,13 +113,20 @@ class StepLog:
 
 
 class LogFollower:
-    """Hands the lines of one pod's step on, in order, each of them once."""
+    """Hands the lines of one container of a pod on, in order, each of them once."""
 
     def __init__(
-        self, cluster: Cluster, pod: str, emit: Emit, position: Mapping[str, Any] | None = None
+        self,
+        cluster: Cluster,
+        pod: str,
+        emit: Emit,
+        position: Mapping[str, Any] | None = None,
+        *,
+        container: str = STEP,
     ) -> None:
         self._cluster = cluster
         self._pod = pod
+        self._container = container
         self._log = StepLog(lambda _time, line: emit(line), position)
 
     def read(self, *, follow: bool, until: float = math.inf) -> None:
@@ -132,7 +139,7 @@ class LogFollower:
         Raises:
             ClusterError: The connection broke. Call it again to go on where it stopped.
         """
-        query = self._log.open(follow=follow)
+        query = {**self._log.open(follow=follow), "container": self._container}
         seconds = min(_SILENCE_SECONDS, max(until - time.monotonic(), _SHORTEST_SILENCE_SECONDS))
         try:
             with self._cluster.open(

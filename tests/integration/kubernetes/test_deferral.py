@@ -14,6 +14,7 @@ import pytest
 
 from airflow_mlpipelines.cli.stack import AirflowStack
 from airflow_mlpipelines.submission.rest import AirflowClient
+from tests.integration.kubernetes.rights import grant_rights
 from tests.integration.kubernetes.steps import IMAGE, make_api, wait_until
 
 if TYPE_CHECKING:
@@ -132,8 +133,10 @@ def world(cluster: Any, tmp_path_factory: Any) -> Iterator[World]:
     dags = home / "dags"
     dags.mkdir()
     (dags / "pods.py").write_text(DAG.format(namespace=cluster.namespace, image=IMAGE))
+    account = grant_rights(cluster)[0]  # with no other rights than those that we say it takes
+    account.write_kubeconfig(home / "kubeconfig")
     settings = {
-        "KUBECONFIG": str(cluster.kubeconfig),
+        "KUBECONFIG": str(home / "kubeconfig"),
         "AIRFLOW_CONN_CANARY": f"generic://:{CANARY}@",
         # So that a triggerer that was killed is missed soon.
         "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "1",
