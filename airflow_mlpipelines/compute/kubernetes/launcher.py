@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_mlpipelines.compute.base import Launcher
 from airflow_mlpipelines.compute.container_layout import container_paths
 from airflow_mlpipelines.compute.kubernetes.agent import add_agent, can_carry
-from airflow_mlpipelines.compute.kubernetes.attending import PodAttendant, Stops
+from airflow_mlpipelines.compute.kubernetes.attending import TAIL_LINES, PodAttendant, Stops
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     PATIENCE_SECONDS,
     UNREACHABLE,
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TAIL_LINES = 50
 _TAIL_CHARACTERS = 2000
 _KILL_ANSWER_SECONDS = 1.0
 
@@ -157,7 +156,7 @@ class KubernetesLauncher(Launcher):
             ComputeUnavailableError: The cluster does not answer. A pod that runs is left alone, for the
                 next try to adopt.
         """
-        tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        tail: deque[str] = deque(maxlen=TAIL_LINES)
 
         def hand_on(line: str) -> None:
             tail.append(line[:_TAIL_CHARACTERS])
@@ -175,10 +174,8 @@ class KubernetesLauncher(Launcher):
                     self._cluster, launch, spec, token=self._token, note=note, stops=self._stops
                 )
                 self._name = spec.name
-                try:
-                    end = attendant.run(self._find_pod(launch, note), hand_on)
-                finally:
-                    self._name = None
+                end = attendant.run(self._find_pod(launch, note), hand_on)
+                self._name = None
             attendant.check(end, tuple(tail))
         except PodLostError as lost:
             again = note.charge(lost)
