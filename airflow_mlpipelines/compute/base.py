@@ -108,6 +108,8 @@ class StepLaunch:
         env: Environment variables that anybody may see.
         secrets: Environment variables that must appear in no log, label, argument or rendered field.
         image: The image's reference, for launchers of containers.
+        nodes: On how many machines of the compute it runs, each with ``resources`` of its own. ``argv`` is the
+            same on all, and makes them find each other (:mod:`airflow_mlpipelines.runtime.gang`).
         labels: ``dag_id``, ``run_id``, ``task_id``, ``map_index``, ``try_number``, as text.
         timeout_seconds: The program is killed after this long.
     """
@@ -120,6 +122,7 @@ class StepLaunch:
     stage: Stage
     resources: ResourcesSpec
     image: str | None = None
+    nodes: int = 1
     timeout_seconds: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 

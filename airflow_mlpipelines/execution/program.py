@@ -179,6 +179,7 @@ class StepProgram:
             stage=workplace.stage,
             resources=step.resources,
             image=environment.image,
+            nodes=step.distributed.nodes if step.distributed is not None else 1,
             timeout_seconds=step.timeout_seconds,
             labels=identity.labels,
         )
