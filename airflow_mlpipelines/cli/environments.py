@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -13,8 +15,8 @@ import typer
 from airflow_mlpipelines.cli.options import FileArgument, JsonOption, PipelineOption
 
 if TYPE_CHECKING:
-    from airflow_mlpipelines.compute.base import Launcher, ResolvedEnvironment
-    from airflow_mlpipelines.compute.docker.environments import ImageDefinition
+    from airflow_mlpipelines.compute.base import BuildGuard, Launcher, ResolvedEnvironment
+    from airflow_mlpipelines.compute.built_images import ImageDefinition
     from airflow_mlpipelines.definition.graph import (
         ComputeSpec,
         EnvironmentSpec,
@@ -115,8 +117,10 @@ def build_environments(
 ) -> None:
     """Make environments ready now: build them, or pull their images. The log goes to standard error."""
     made: list[dict[str, Any]] = []
+    guard = _make_guard()
     for use in _choose(_load_uses(file, pipeline), environment):
         launcher, resolved = _resolve(use)
+        launcher.build_guard = guard
         began = time.monotonic()
         ready = launcher.prepare_environment(use.spec, resolved, emit=_tell)
         made.append(
@@ -241,15 +245,22 @@ def _resolve(use: EnvironmentUse) -> tuple[Launcher, ResolvedEnvironment]:
     return launcher, launcher.resolve_environment(use.spec)
 
 
+def _make_guard() -> BuildGuard:
+    from airflow_mlpipelines.caching.index import MetadataIndex
+    from airflow_mlpipelines.execution.build_leases import make_build_guard
+    from airflow_mlpipelines.operators.connections import metadata_url
+
+    holder = f"`mlpipelines environment build` on {socket.gethostname()} (process {os.getpid()})"
+    return make_build_guard(MetadataIndex(metadata_url()), holder)
+
+
 def _define(use: EnvironmentUse) -> ImageDefinition | None:
     """Return the image that is built for it, or None if none is."""
-    from airflow_mlpipelines.compute.docker import DockerLauncher
     from airflow_mlpipelines.compute.launchers import make_launcher
 
     if use.spec is None or not use.is_built:
         return None
-    launcher = make_launcher(use.compute)
-    return launcher.define_image(use.spec) if isinstance(launcher, DockerLauncher) else None
+    return make_launcher(use.compute).define_image(use.spec)
 
 
 def _look_at(use: EnvironmentUse, *, whole: bool = False) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from airflow_mlpipelines._digest import digest
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from airflow_mlpipelines.compute.built_images import ImageDefinition
     from airflow_mlpipelines.definition.graph import EnvironmentSpec, ResourcesSpec
 
 Emit = Callable[[str], None]
@@ -137,8 +139,28 @@ class HandleStore(Protocol):
         """Remember what was launched: a small JSON object without secrets. None forgets it."""
 
 
+class BuildGuard(Protocol):
+    """Lets one at a time build the same, of all who share the metadata database."""
+
+    def __call__(self, key: str, name: str, *, emit: Emit) -> AbstractContextManager[Any]:
+        """Hold the right to build until the end of the block, after waiting for whoever holds it.
+
+        Args:
+            key: 64 hex digits: what is built, and for which place.
+            name: What it is, for the line that tells of waiting.
+            emit: Takes that line.
+        """
+
+
 class Launcher(ABC):
-    """Runs step programs on one compute. One instance serves one step run."""
+    """Runs step programs on one compute. One instance serves one step run.
+
+    Attributes:
+        build_guard: Keeps other machines from building what this one is building; None where nobody
+            shares what is built.
+    """
+
+    build_guard: BuildGuard | None = None
 
     def check_resources(self, step: str, resources: ResourcesSpec) -> None:
         """Return, unless it can be known now that a step will never get its ``resources`` here.
@@ -197,6 +219,15 @@ class Launcher(ABC):
         For people who look; nothing is built or fetched.
         """
         del environment, resolved
+        return None
+
+    def define_image(self, environment: EnvironmentSpec) -> ImageDefinition | None:
+        """Return the image that is built for an environment here; None where no image is.
+
+        Raises:
+            EnvironmentBuildError: It has no base, or can't be built anywhere.
+        """
+        del environment
         return None
 
     @abstractmethod

@@ -180,7 +180,10 @@ def make_registry(where: str, fields: Any) -> RegistrySpec:
     conn_id = fields.get("conn_id")
     if conn_id is not None and not isinstance(conn_id, str):
         raise DefinitionError(f"{where}: conn_id is to be the name of an Airflow connection")
-    return RegistrySpec(url=url, conn_id=conn_id)
+    insecure = fields.get("insecure", False)
+    if not isinstance(insecure, bool):
+        raise DefinitionError(f"{where}: insecure is to be true or false, not {insecure!r}")
+    return RegistrySpec(url=url, conn_id=conn_id, insecure=insecure)
 
 
 def wrap_compute_spec(spec: ComputeSpec) -> ComputeTarget:

@@ -71,10 +71,12 @@ class RegistrySpec(SpecModel):
     Attributes:
         url: Registry and repository, such as ``registry.example.com/team/env``; tags are ours.
         conn_id: The Airflow connection of type docker that may pull and push there.
+        insecure: Whether it is asked over plain HTTP; a registry of this machine always is.
     """
 
     url: str
     conn_id: str | None = None
+    insecure: bool = False
 
 
 class LocalComputeSpec(SpecModel):
@@ -126,6 +128,9 @@ class KubernetesComputeSpec(SpecModel):
     Attributes:
         conn_id: The Airflow connection to the cluster; None goes by ``in_cluster``, or by ``$KUBECONFIG``.
         image: The image of steps whose environment names none.
+        image_conn_id: The Airflow connection of type docker to look up with what the tags of images mean.
+        docker_url: The Docker daemon that builds its images and pushes them to ``registry``; None is the
+            worker's own.
         helper_image: What carries the files of a step into its pod and out of it: any image with ``sh``, ``tar``
             and ``sha256sum``.
         security_context: By Kubernetes' own names, those of a pod and those of a container together. What
@@ -144,6 +149,8 @@ class KubernetesComputeSpec(SpecModel):
     conn_id: str | None = None
     in_cluster: bool | None = None
     image: str | None = None
+    image_conn_id: str | None = None
+    docker_url: str | None = None
     helper_image: str = "busybox:1.36"
     service_account: str | None = None
     image_pull_secrets: tuple[str, ...] = ()

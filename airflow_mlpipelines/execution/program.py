@@ -126,6 +126,8 @@ class StepProgram:
             )
         services.emit(
             "The image's tag has moved since this run was planned: the run keeps its image"
+            if resolved.cacheable
+            else f"The run keeps the image that it was planned with: {resolved.problem}"
         )
         return recalled
 

@@ -16,6 +16,7 @@ from airflow_mlpipelines.caching.planner import external_key
 from airflow_mlpipelines.compute.launchers import make_launcher
 from airflow_mlpipelines.definition.graph import ExternalDataSpec, StepOutputRef
 from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.execution.build_leases import make_build_guard
 from airflow_mlpipelines.execution.handles import FileHandle
 from airflow_mlpipelines.execution.identity import TaskIdentity
 from airflow_mlpipelines.execution.step import Services
@@ -68,7 +69,9 @@ def make_runner(operator: StepOperator, context: Context) -> StepRunner:
     services = Services(
         index=index,
         stores=open_stores(graph),
-        launcher=make_launcher(graph.computes[step.compute]),
+        launcher=make_launcher(
+            graph.computes[step.compute], build_guard=make_build_guard(index, identity.holder)
+        ),
         handle=_make_handle(operator, context, identity),
         emit=_make_emit(operator),
         blobs=open_blobs(),

@@ -11,7 +11,8 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +23,24 @@ from airflow_mlpipelines.storage.placing import make_read_only
 from airflow_mlpipelines.storage.trees import digest_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 _LOCK = ".lock"
 _INCOMING = "incoming"
 _VERSIONS = "versions"
 _FRESH_SECONDS = 60.0
 """A room this young may be about to be locked by whoever made it."""
+_BROKEN = "part-"
+_BROKEN_SECONDS = 24 * 3600.0
+"""So long a fetch that broke off is kept for somebody to go on with."""
 _VERSIONS_KEPT_SECONDS = 30 * 24 * 3600.0
 _MOST = 50 << 30
 _SHARE_OF_DISK = 10
+
+
+Fetch = Callable[[Path], str | None]
+"""Writes a file or directory to the path that it is given; returns its digest if it has taken it. What it leaves beside
+that path when it fails is there for the next call with the same blob, to go on from."""
 
 
 class BlobCache:
@@ -60,7 +69,7 @@ class BlobCache:
         return self._directory / name[:2] / name
 
     @contextmanager
-    def use(self, digest: str, size: int, fetch: Callable[[Path], None]) -> Iterator[Path]:
+    def use(self, digest: str, size: int, fetch: Fetch) -> Iterator[Path]:
         """Give the blob, fetched if it is not here yet. It is not thrown away before the context ends.
 
         Of several processes that want it at once, one fetches it. It is not to be written: see
@@ -70,7 +79,7 @@ class BlobCache:
             digest: ``blake3:`` and 64 hex digits; what is fetched must have it. Another form names
                 data by the store's own version, which can't be checked.
             size: Bytes that it will have.
-            fetch: Writes the file or directory to the path that it is given.
+            fetch: Fetches it.
 
         Raises:
             DataError: What was fetched has another digest.
@@ -94,18 +103,18 @@ class BlobCache:
             if fetched:
                 self._make_room(0)
 
-    def add(self, size: int, fetch: Callable[[Path], None]) -> str:
+    def add(self, size: int, fetch: Fetch, *, name: str | None = None) -> str:
         """Return the digest of data that nobody has read yet; they are fetched, and kept.
 
         Args:
             size: Bytes that they have.
-            fetch: Writes the file or directory to the path that it is given.
+            fetch: Fetches them.
+            name: By what a fetch that broke off is known again; None if it shall not be.
         """
         self._make_room(size)
-        with self._room() as room:
+        with self._room(name) as room:
             made = room / "blob"
-            fetch(made)
-            found = digest_tree(made).digest
+            found = fetch(made) or digest_tree(made).digest
             self.adopt(found, size, made)
         return found
 
@@ -155,19 +164,30 @@ class BlobCache:
     def _lock_of(target: Path) -> Path:
         return target.with_name(f"{target.name}{_LOCK}")
 
-    def _fetch(self, digest: str, size: int, fetch: Callable[[Path], None]) -> None:
-        with self._room() as room:
+    def _fetch(self, digest: str, size: int, fetch: Fetch) -> None:
+        with self._room(digest) as room:
             made = room / "blob"
-            fetch(made)
-            if digest.startswith(DIGEST_PREFIX):
-                found = digest_tree(made).digest
-                if found != digest:
-                    raise DataError(
-                        f"fetched data have the digest {found}, not {digest}: they were changed or cut "
-                        "short. Nothing of them is used."
-                    )
+            went_on = any(room.iterdir())
+            found = self._fetch_checked(digest, made, fetch)
+            if found != digest and went_on:  # what an earlier try has left was not what it seemed
+                _empty(room)
+                found = self._fetch_checked(digest, made, fetch)
+            if found != digest:
+                _empty(room)
+                raise DataError(
+                    f"fetched data have the digest {found}, not {digest}: they were changed or cut "
+                    "short. Nothing of them is used."
+                )
             make_read_only(made)
             self._publish(made, self.path_of(digest), size)
+
+    @staticmethod
+    def _fetch_checked(digest: str, made: Path, fetch: Fetch) -> str:
+        """Return the digest of what was fetched; ``digest`` itself where that can't be checked."""
+        found = fetch(made)
+        if not digest.startswith(DIGEST_PREFIX):
+            return digest
+        return found or digest_tree(made).digest
 
     def _publish(self, made: Path, target: Path, size: int) -> None:
         """Move a blob to where it stays. The record comes first: what is there always has one."""
@@ -183,9 +203,14 @@ class BlobCache:
             with suppress(OSError, ValueError):  # thrown away, or being made
                 size = int(lock.read_text(encoding="ascii") or 0)
                 records.append((lock.stat().st_mtime_ns, size, lock))
-        total = sum(size for _, size, _ in records)
+        broken = sorted((self._directory / _INCOMING).glob(f"{_BROKEN}*"), key=_last_used)
+        total = sum(size for _, size, _ in records) + sum(map(_measure, broken))
         # What can never fit makes no room for itself: it would only empty the cache.
         room = self.limit - (wanted if wanted <= self.limit else 0)
+        for left in broken:  # data that are not whole are the least loss
+            if total > room:
+                with suppress(OSError):
+                    total -= self._delete_room(left)
         if total > room:
             # What alone is too much goes first, or all that was used before it would go for it.
             for used, size, lock in sorted(records, key=lambda it: (it[1] <= self.limit, it[0])):
@@ -211,25 +236,76 @@ class BlobCache:
         """Delete what lost processes left, and versions that nobody has asked for in a long time."""
         now = time.time()
         for room in (self._directory / _INCOMING).glob("*"):
+            kept = _BROKEN_SECONDS if room.name.startswith(_BROKEN) else _FRESH_SECONDS
             with suppress(OSError):
-                if now - room.stat().st_mtime < _FRESH_SECONDS:
-                    continue
-                with lock_directory(room) as held:
-                    if held:
-                        shutil.rmtree(room, ignore_errors=True)
+                if now - room.stat().st_mtime > kept:
+                    self._delete_room(room)
         for version in (self._directory / _VERSIONS).glob("??/*"):
             with suppress(OSError):
                 if now - version.stat().st_mtime > _VERSIONS_KEPT_SECONDS:
                     version.unlink()
 
+    @staticmethod
+    def _delete_room(room: Path) -> int:
+        """Delete a room in which nobody works; return the bytes that it took."""
+        with lock_directory(room) as held:
+            if not held:
+                return 0
+            size = _measure(room)
+            shutil.rmtree(room, ignore_errors=True)
+            return size
+
     @contextmanager
-    def _room(self) -> Iterator[Path]:
-        """Give a directory on the same file system to work in."""
+    def _room(self, name: str | None = None) -> Iterator[Path]:
+        """Give a directory on the same file system to work in.
+
+        Args:
+            name: Whoever asks for it by the same name after work in it has failed finds it as it was left.
+        """
         base = self._directory / _INCOMING
         base.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(dir=base, prefix=f"{os.getpid()}-"))
-        try:
-            with lock_directory(room):
+        with ExitStack() as held:
+            room = None
+            if name is not None:
+                room = base / f"{_BROKEN}{digest('blob-room-v1', name)[:40]}"
+                room.mkdir(exist_ok=True)
+                if not held.enter_context(lock_directory(room)):  # another process works there
+                    room = None
+            if room is None:
+                room = Path(tempfile.mkdtemp(dir=base, prefix=f"{os.getpid()}-"))
+                held.enter_context(lock_directory(room))
+                name = None
+            os.utime(room)
+            try:
                 yield room
-        finally:
+            except BaseException:
+                if (
+                    name is None or len(list(room.iterdir())) < 2
+                ):  # nothing is noted beside the data
+                    shutil.rmtree(room, ignore_errors=True)
+                raise
             shutil.rmtree(room, ignore_errors=True)
+
+
+def _last_used(room: Path) -> float:
+    with suppress(OSError):
+        return room.stat().st_mtime
+    return 0.0
+
+
+def _empty(room: Path) -> None:
+    for member in room.iterdir():
+        if member.is_dir():
+            shutil.rmtree(member)
+        else:
+            member.unlink()
+
+
+def _measure(room: Path) -> int:
+    """Return the bytes of disk that a directory takes."""
+    size = 0
+    for directory, _, names in os.walk(room):
+        for name in names:
+            with suppress(OSError):
+                size += os.lstat(os.path.join(directory, name)).st_blocks * 512  # noqa: PTH118 - maybe thousands
+    return size

@@ -6,7 +6,6 @@ itself, from what the store told of bytes that were read before, or by reading w
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -20,7 +19,7 @@ from airflow_mlpipelines.storage.ends import CHUNK, RemoteEnd
 from airflow_mlpipelines.storage.listing import VERSION_PREFIX, digest_versions, name_version
 from airflow_mlpipelines.storage.stores import PART_SUFFIX
 from airflow_mlpipelines.storage.transfer import pin_external
-from airflow_mlpipelines.storage.trees import TreeDigest, combine_members
+from airflow_mlpipelines.storage.trees import TreeDigest, combine_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -307,15 +306,9 @@ class Transfer:
 
 def _combine(listing: Listing, digests: dict[str, str]) -> str:
     """Return the digest of a file or a directory from those of its files."""
-    if listing.kind == "file":
-        return f"{DIGEST_PREFIX}{digests['']}"
-    members = set(listing.others)
-    for name, content in digests.items():
-        path = os.fsencode(name)
-        members.add((path, b"f", bytes.fromhex(content)))
-        while path := os.path.dirname(path):  # noqa: PTH120 - raw bytes
-            members.add((path, b"d", b""))
-    return combine_members(members)
+    return combine_files(
+        {name: bytes.fromhex(content) for name, content in digests.items()}, listing.others
+    )
 
 
 def _is_part(name: str) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from airflow_mlpipelines._digest import digest as digest_value
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.storage.artifact import Artifact
+from airflow_mlpipelines.storage.download import download
 from airflow_mlpipelines.storage.listing import (
     VERSION_PREFIX,
     RemoteFile,
@@ -21,7 +22,8 @@ from airflow_mlpipelines.storage.listing import (
     name_version,
 )
 from airflow_mlpipelines.storage.placing import place as place_blob
-from airflow_mlpipelines.storage.trees import digest_tree, walk_tree
+from airflow_mlpipelines.storage.trees import TreeDigest, combine_files, digest_tree, walk_tree
+from airflow_mlpipelines.storage.upload import upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.storage.blobs import BlobCache
     from airflow_mlpipelines.storage.stat_cache import StatCache
     from airflow_mlpipelines.storage.stores import Store, StoreSet
-
-_TRANSFERS = 8
 
 # ---- external data -----------------------------------------------------------------------------
 
@@ -102,18 +102,17 @@ def _digest_remote(
 ) -> str:
     """Return the content's digest, read once per version where the store tells versions."""
 
-    def download(made: Path) -> None:
-        _download(store, path, files, kind, made)
+    def bring(made: Path) -> str:
+        return download(store, path, files, kind, made)
 
     if blobs is None:
         with tempfile.TemporaryDirectory(prefix="mlpipelines-pin-") as room:
-            download(Path(room, "data"))
-            return digest_tree(Path(room, "data")).digest
+            return bring(Path(room, "data"))
     version = name_version(store, path, files)
     known = blobs.content_of(version) if version is not None else None
     if known is not None:
         return known
-    digest = blobs.add(sum(file.size for file in files), download)
+    digest = blobs.add(sum(file.size for file in files), bring, name=version)
     # What changed while it was read has the one version before, and the other bytes after.
     if version is not None and name_version(store, path, list_remote(store, path)[0]) == version:
         blobs.note_content(version, digest)
@@ -153,16 +152,17 @@ def commit_output(
             "was not made. The program has to write it at the path that it is given "
             f"({'a directory, which it makes itself' if expect_directory else 'a file or a directory'})."
         )
-    tree = digest_tree(source, cache=cache)
-    if expect_directory is not None and expect_directory != (tree.kind == "dir"):
+    if expect_directory is not None and expect_directory != source.is_dir():
         made, wanted = ("a file", "a directory") if expect_directory else ("a directory", "a file")
         raise DataError(f"is {made}, but was declared as {wanted}.")
-    if not store.is_local:
-        _upload(store, path, source, tree.size)
+    if store.is_local:
+        tree = digest_tree(source, cache=cache)
+        if store.local_path(path) != source:
+            _put_in_place(source, store.local_path(path))
+    else:
+        tree = _send(store, path, source)
         if blobs is not None:
             blobs.adopt(tree.digest, tree.size, source)
-    elif store.local_path(path) != source:
-        _put_in_place(source, store.local_path(path))
     return Artifact(store.uri(path), tree.digest, tree.size, tree.files, tree.kind, None, step_run)
 
 
@@ -174,29 +174,17 @@ def _put_in_place(source: Path, target: Path) -> None:
         shutil.move(str(source), str(target))
 
 
-def _upload(store: Store, path: str, source: Path, size: int) -> None:
-    pairs = [(source, "")] if source.is_file() else _pair_members(source)
-
-    def put(pair: tuple[Path, str]) -> None:
-        with store.publish(_join(path, pair[1])) as place:
-            store.filesystem.put_file(str(pair[0]), place)
-
-    with store.translate_errors(path, "written"), ThreadPoolExecutor(_TRANSFERS) as pool:
-        list(pool.map(put, pairs))
-    files, _ = list_remote(store, path)
-    arrived = {file.path for file in files}
-    lost = sorted(name for _, name in pairs if name not in arrived)
-    if lost or len(arrived) != len(pairs) or sum(file.size for file in files) != size:
-        said = f": {lost[0]!r} is not there under its name" if lost and lost[0] else ""
-        raise DataError(f"did not arrive whole at {store.uri(path)}{said}.")
+def _send(store: Store, path: str, source: Path) -> TreeDigest:
+    """Send a file or a directory to a remote store; return what it is."""
+    kind: Literal["dir", "file"] = "dir" if source.is_dir() else "file"
+    files = _list_members(source) if kind == "dir" else {"": source}
+    digests = upload(store, path, files)
+    size = sum(file.stat().st_size for file in files.values())
+    return TreeDigest(combine_files(digests), size, len(files), kind)
 
 
-def _join(path: str, name: str) -> str:
-    return "/".join(part for part in (path, name) if part)
-
-
-def _pair_members(source: Path) -> list[tuple[Path, str]]:
-    """Return each file of a directory with its path below the directory.
+def _list_members(source: Path) -> dict[str, Path]:
+    """Return where each file of a directory is, by its path below the directory.
 
     Raises:
         DataError: The directory holds what an object store can't hold.
@@ -227,11 +215,8 @@ def _pair_members(source: Path) -> list[tuple[Path, str]]:
                 f"holds a file named {entry.path!r}, which is no UTF-8, as names in an object store "
                 "have to be. Rename it."
             ) from None
-    return [
-        (source / os.fsdecode(entry.path), os.fsdecode(entry.path))
-        for entry in entries
-        if entry.kind == b"f"
-    ]
+    names = sorted(os.fsdecode(entry.path) for entry in entries if entry.kind == b"f")
+    return {name: source / name for name in names}
 
 
 # ---- inputs ------------------------------------------------------------------------------------
@@ -279,14 +264,18 @@ def fetch(
             raise DataError(f"{artifact.uri} is gone. Run the step that makes it once more.")
         return files, kind
 
-    def download(made: Path) -> None:
-        _download(store, path, *look_up(), made)
+    def bring(made: Path) -> str:
+        files, kind = look_up()
+        found = download(store, path, files, kind, made)
+        if artifact.digest.startswith(VERSION_PREFIX):
+            _check_version(artifact, store, path, look_up()[0])
+        return found
 
     if artifact.digest.startswith(VERSION_PREFIX):
         _check_version(artifact, store, path, look_up()[0])
 
     with ExitStack() as own:
-        use = blobs.use(artifact.digest, artifact.size, download)
+        use = blobs.use(artifact.digest, artifact.size, bring)
         place_blob((held or own).enter_context(use), target, link=link)
     return target
 
@@ -298,20 +287,6 @@ def _check_version(artifact: Artifact, store: Store, path: str, files: list[Remo
             f"{artifact.uri} was changed after this run had looked it up. Start a new run, which takes "
             "it as it is now."
         )
-
-
-def _download(
-    store: Store, path: str, files: list[RemoteFile], kind: Literal["dir", "file"], target: Path
-) -> None:
-    def get(file: RemoteFile) -> None:
-        local = target / file.path if kind == "dir" else target
-        local.parent.mkdir(parents=True, exist_ok=True)
-        store.filesystem.get_file(store.remote_path(_join(path, file.path)), str(local))
-
-    if kind == "dir":
-        target.mkdir(parents=True, exist_ok=True)
-    with store.translate_errors(path, "fetched"), ThreadPoolExecutor(_TRANSFERS) as pool:
-        list(pool.map(get, files))
 
 
 # ---- checks ------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from airflow_mlpipelines._digest import DIGEST_PREFIX
 from airflow_mlpipelines.exceptions import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from airflow_mlpipelines.storage.stat_cache import StatCache
@@ -138,6 +138,27 @@ def combine_members(members: Iterable[tuple[bytes, bytes, bytes]]) -> str:
     for path, kind, content in sorted(members):
         parts += (kind, _LENGTH(len(path)), path, _LENGTH(len(content)), content)
     return f"{DIGEST_PREFIX}{blake3(b''.join(parts)).hexdigest()}"
+
+
+def combine_files(
+    digests: Mapping[str, bytes], others: Iterable[tuple[bytes, bytes, bytes]] = ()
+) -> str:
+    """Return the digest of a directory from those of its files; directories are what their names imply.
+
+    Args:
+        digests: The 32 bytes of each file's digest, by its path; that of a file that is no directory by ``""``.
+        others: What else there is, as :func:`combine_members` takes it.
+    """
+    if "" in digests:
+        return f"{DIGEST_PREFIX}{digests[''].hex()}"
+    members, parents = list(others), {b""}
+    for name, content in digests.items():
+        path = os.fsencode(name)
+        members.append((path, _FILE, content))
+        while (path := os.path.dirname(path)) not in parents:
+            parents.add(path)
+            members.append((path, _DIRECTORY, b""))
+    return combine_members(set(members))
 
 
 def walk_tree(root: bytes) -> Iterator[TreeEntry]:

@@ -192,7 +192,12 @@ class AirflowClient:
 
     # ---- the wire --------------------------------------------------------------------------
 
-    def _log_in(self) -> None:
+    def _log_in(self) -> httpx.Response | None:
+        """Get a token; return the server's answer if it is not well enough to give one.
+
+        Raises:
+            SubmissionError: It does not accept the login, or there is none to try.
+        """
         username, password = self._credentials
         if username is None or password is None:
             raise SubmissionError(
@@ -202,7 +207,10 @@ class AirflowClient:
         response = self._http.post("/auth/token", json={"username": username, "password": password})
         if response.status_code in (_UNAUTHORIZED, _FORBIDDEN):
             raise SubmissionError(f"{self.url} does not accept the login of {username!r}")
+        if response.status_code >= _SERVER_ERROR:
+            return response
         self._http.headers["Authorization"] = f"Bearer {_read(response)['access_token']}"
+        return None
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         """Send a request; try again where that can't start anything twice."""
@@ -211,9 +219,8 @@ class AirflowClient:
         for attempt in range(_TRIES):
             last = attempt == _TRIES - 1
             try:
-                if "Authorization" not in self._http.headers:
-                    self._log_in()
-                response = self._http.request(method, path, **arguments)
+                no_login = None if "Authorization" in self._http.headers else self._log_in()
+                response = no_login or self._http.request(method, path, **arguments)
             except httpx.TransportError as error:
                 arrived = method == "POST" and not isinstance(error, httpx.ConnectError)
                 if last or arrived or isinstance(error, httpx.UnsupportedProtocol):
@@ -222,7 +229,8 @@ class AirflowClient:
                 if response.status_code == _UNAUTHORIZED and self._credentials[0] and attempt == 0:
                     del self._http.headers["Authorization"]  # the token has run out
                     continue
-                if response.status_code < _SERVER_ERROR or method == "POST" or last:
+                arrived = method == "POST" and no_login is None
+                if response.status_code < _SERVER_ERROR or arrived or last:
                     return response
             time.sleep(0.2 * 2**attempt)
         raise AssertionError("the last try returns or raises")

@@ -1,21 +1,21 @@
 """Images that are built from an environment's definition: found where somebody built one, else built once.
 
-They are looked for on the daemon, then in the workspace's registry. What an environment *is* to the cache
-is its definition, so that it is the same on every machine, and before it was ever built.
+They are looked for on the daemon, then in the workspace's registry.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from filelock import Timeout
-
-from airflow_mlpipelines.compute.base import (
-    ResolvedEnvironment,
-    digest_variables,
-    name_environment,
+from airflow_mlpipelines.compute.base import name_environment
+from airflow_mlpipelines.compute.built_images import (
+    REPOSITORY,
+    USUAL_PLATFORM,
+    ImageDefinition,
+    building_alone,
+    define,
+    recall,
 )
 from airflow_mlpipelines.compute.docker.builds import build_image
 from airflow_mlpipelines.compute.docker.daemon import connect
@@ -28,15 +28,7 @@ from airflow_mlpipelines.compute.docker.images import (
     recall_image,
     seek_image,
 )
-from airflow_mlpipelines.compute.environments import environments_directory, exclusive_lock
-from airflow_mlpipelines.compute.recipes import (
-    BaseImage,
-    base_names,
-    count_unpinned,
-    describe_packages,
-    list_base_digests,
-    make_context,
-)
+from airflow_mlpipelines.compute.recipes import count_unpinned
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
 if TYPE_CHECKING:
@@ -44,67 +36,15 @@ if TYPE_CHECKING:
 
     from docker import APIClient
 
-    from airflow_mlpipelines.compute.base import Emit
-    from airflow_mlpipelines.compute.build_context import BuildContext
-    from airflow_mlpipelines.compute.docker.images import ImageIdentity
+    from airflow_mlpipelines.compute.base import BuildGuard, Emit
+    from airflow_mlpipelines.compute.images import ImageIdentity
     from airflow_mlpipelines.definition.graph import (
         DockerComputeSpec,
         EnvironmentSpec,
         RegistrySpec,
     )
 
-REPOSITORY = "mlpipelines/env"
 LABEL = "airflow-mlpipelines.environment"
-_BASE_REPOSITORY = "mlpipelines/base"
-_USUAL_PLATFORM = "amd64"
-
-
-@dataclass(frozen=True)
-class ImageDefinition:
-    """An image that is to be there, whether it is yet or not.
-
-    Attributes:
-        environment: What it is made from.
-        bases: What its bases' names stand for.
-        context: What it is built from.
-        problem: Why it can't be known what it will be, in words; None if it is known.
-    """
-
-    environment: EnvironmentSpec
-    bases: Mapping[str, ImageIdentity]
-    context: BuildContext
-    problem: str | None
-
-    @property
-    def name(self) -> str:
-        """Its name on a daemon."""
-        return f"{REPOSITORY}:{self.context.digest}"
-
-    @property
-    def local_bases(self) -> dict[str, str]:
-        """The ids of bases that are in no registry, and the names by which its Dockerfile calls them."""
-        identities = self.bases.values()
-        return {
-            item.reference: _local_base(item.reference)
-            for item in identities
-            if item.reference == item.digest
-        }
-
-    def resolve(self, image: str | None = None) -> ResolvedEnvironment:
-        """Return what counts of it for the cache; ``image`` is the reference to run, once it is there."""
-        bases = _base_images(self.bases)
-        return ResolvedEnvironment(
-            description={
-                "kind": "image",
-                "image": self.name,
-                "digest": f"definition:{self.context.digest}",
-                "packages": describe_packages(self.environment, bases),
-                "variables": digest_variables(self.environment),
-            },
-            image=image or self.name,
-            cacheable=self.problem is None,
-            problem=self.problem,
-        )
 
 
 def define_image(
@@ -115,11 +55,11 @@ def define_image(
     Raises:
         EnvironmentBuildError: It has no base, or can't be built anywhere.
     """
-    names = base_names(environment, default=compute.image)
-    bases = {name: find_image(name, compute, timeout=timeout) for name in names}
-    problems = [base.problem for base in bases.values() if base.digest is None]
-    context = make_context(environment, _base_images(bases))
-    return ImageDefinition(environment, bases, context, problems[0] if problems else None)
+    return define(
+        environment,
+        default=compute.image,
+        find=lambda name: find_image(name, compute, timeout=timeout),
+    )
 
 
 def recall_definition(
@@ -132,14 +72,11 @@ def recall_definition(
         ComputeUnavailableError: The daemon does not answer.
     """
     client = connect(compute)
-    names = base_names(environment, default=compute.image)
-    digests = list_base_digests(description.get("packages") or {})
-    bases = {
-        name: recall_image(client, name, digest)
-        for name, digest in zip(names, digests, strict=True)
-    }
-    return ImageDefinition(
-        environment, bases, make_context(environment, _base_images(bases)), problem=None
+    return recall(
+        environment,
+        description,
+        default=compute.image,
+        find=lambda name, digest: recall_image(client, name, digest),
     )
 
 
@@ -161,11 +98,21 @@ def find_built(definition: ImageDefinition, compute: DockerComputeSpec) -> str |
 
 
 def provide_image(
-    definition: ImageDefinition, compute: DockerComputeSpec, *, emit: Emit
+    definition: ImageDefinition,
+    compute: DockerComputeSpec,
+    *,
+    emit: Emit,
+    guard: BuildGuard | None = None,
 ) -> tuple[ImageDefinition, ImageIdentity]:
     """Return the image, on the daemon now: found there, pulled, or built and pushed.
 
     Where the workspace has a registry, its image counts, and the daemon's own only until it is there.
+
+    Args:
+        definition: The image.
+        compute: The compute.
+        emit: Takes the build's log.
+        guard: Keeps other machines from building the same meanwhile.
 
     Returns:
         The definition, with bases that were unknown before known now; and the image.
@@ -175,33 +122,33 @@ def provide_image(
         ComputeUnavailableError: The daemon or the registry does not answer.
     """
     client = connect(compute)
-    if definition.problem is not None:
-        _pull_bases(definition, compute, client, emit)
-        definition = define_image(definition.environment, compute, timeout=60)
+    definition = settle_bases(definition, compute, client, emit)
     found = _find_on_daemon(definition, compute, client)
     if found is None:
-        found = _provide_alone(definition, compute, client, emit)
+        # Without a registry, only those who use the same daemon can build the same for each other.
+        where = compute.registry.url if compute.registry is not None else client.info()["ID"]
+        with building_alone(definition, where=where, guard=guard, emit=emit):
+            found = (
+                _find_on_daemon(definition, compute, client)
+                or _pull_built(definition, compute, client, emit)
+                or build_and_push(definition, compute, client, emit)
+            )
     return definition, found
 
 
-def _provide_alone(
+def settle_bases(
     definition: ImageDefinition, compute: DockerComputeSpec, client: APIClient, emit: Emit
-) -> ImageIdentity:
-    """Pull the image or build it, while nobody else on this machine does."""
-    lock = exclusive_lock(environments_directory() / "images" / definition.context.digest)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        emit(f"Waiting for whoever is building {definition.name} on this machine")
-        lock.acquire()
-    try:
-        return (
-            _find_on_daemon(definition, compute, client)
-            or _pull_built(definition, compute, client, emit)
-            or _build(definition, compute, client, emit)
-        )
-    finally:
-        lock.release()
+) -> ImageDefinition:
+    """Return the definition with bases that are known: those that were not are on the daemon now.
+
+    Raises:
+        EnvironmentBuildError: There is no such base, or it may not be pulled.
+        ComputeUnavailableError: Its registry does not answer.
+    """
+    if definition.problem is None:
+        return definition
+    _pull_bases(definition, compute, client, emit)
+    return define_image(definition.environment, compute, timeout=60)
 
 
 def _find_on_daemon(
@@ -228,9 +175,15 @@ def _pull_built(
     return local_image(client, reference)
 
 
-def _build(
+def build_and_push(
     definition: ImageDefinition, compute: DockerComputeSpec, client: APIClient, emit: Emit
 ) -> ImageIdentity:
+    """Return the image, built unless the daemon has it, and put into the compute's registry if it names one.
+
+    Raises:
+        EnvironmentBuildError: It can't be built, or not be pushed.
+        ComputeUnavailableError: The daemon or the registry does not answer.
+    """
     tag = _tag(definition, client)
     found = local_image(client, tag)
     if found is None:
@@ -295,21 +248,6 @@ def _pull_bases(
             pull_image(connect(compute, conn_id=pull_conn_id(compute)), base.reference, emit=emit)
 
 
-def _base_images(bases: Mapping[str, ImageIdentity]) -> dict[str, BaseImage]:
-    return {
-        name: BaseImage(
-            _local_base(base.reference) if base.reference == base.digest else base.reference,
-            base.digest,
-        )
-        for name, base in bases.items()
-    }
-
-
-def _local_base(image_id: str) -> str:
-    """Return the name under which an image that is in no registry can be built upon: an id can't be."""
-    return f"{_BASE_REPOSITORY}:{image_id.removeprefix('sha256:')[:32]}"
-
-
 def _tag(definition: ImageDefinition, client: APIClient) -> str:
     return f"{REPOSITORY}:{_version(definition, client)}"
 
@@ -319,10 +257,12 @@ def _registry_name(definition: ImageDefinition, registry: RegistrySpec, client: 
 
 
 def _version(definition: ImageDefinition, client: APIClient) -> str:
-    """Return the image's tag: one definition is another image on another kind of processor."""
-    platform = client.version().get("Arch", _USUAL_PLATFORM)
-    suffix = "" if platform == _USUAL_PLATFORM else f"-{platform}"
-    return f"{definition.context.digest}{suffix}"
+    return definition.tag(daemon_platform(client))
+
+
+def daemon_platform(client: APIClient) -> str:
+    """Return the kind of processor that the daemon's images are for, such as ``amd64``."""
+    return str(client.version().get("Arch", USUAL_PLATFORM))
 
 
 def _conn_id(compute: DockerComputeSpec) -> str | None:

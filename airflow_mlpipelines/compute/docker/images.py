@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.compute.base import name_environment
 from airflow_mlpipelines.compute.docker.daemon import connect, unreachable
+from airflow_mlpipelines.compute.images import ImageIdentity, pinned_image, repository_of
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, EnvironmentBuildError
 
 if TYPE_CHECKING:
@@ -16,13 +15,8 @@ if TYPE_CHECKING:
     from docker import APIClient
 
     from airflow_mlpipelines.compute.base import Emit
-    from airflow_mlpipelines.definition.graph import (
-        DockerComputeSpec,
-        EnvironmentSpec,
-        KubernetesComputeSpec,
-    )
+    from airflow_mlpipelines.definition.graph import DockerComputeSpec
 
-_BY_DIGEST = re.compile(r"^(?:.+@)?(sha256:[0-9a-f]{64})$")
 _DENIED = re.compile(r"denied|unauthorized|authentication required|no basic auth|forbidden", re.I)
 _ABSENT = re.compile(
     r"manifest unknown|not found|does not exist|no such image|invalid reference", re.I
@@ -30,45 +24,6 @@ _ABSENT = re.compile(
 # Of a repository that nobody pushed to yet, registries that know who asks say that it may not be read.
 _NO_REPOSITORY = re.compile(r"name unknown|repository.*(not known|does not exist)", re.I)
 _PROGRESS = frozenset({"Downloading", "Extracting", "Waiting", "Pushing", "Preparing"})
-
-
-@dataclass(frozen=True)
-class ImageIdentity:
-    """What an image's name stands for at this moment.
-
-    Attributes:
-        reference: What to run: by digest where it is known, else the name itself.
-        digest: ``sha256:…`` of the manifest; of an image that is in no registry, its id. None if
-            it is not known.
-        problem: Why it is not known, in words.
-    """
-
-    reference: str
-    digest: str | None
-    problem: str | None = None
-
-
-def image_name(
-    environment: EnvironmentSpec | None, compute: DockerComputeSpec | KubernetesComputeSpec
-) -> str:
-    """Return the name of the image that a step of this environment runs on.
-
-    Raises:
-        EnvironmentBuildError: Nobody names one, or it would have to be built, which the caller can't.
-    """
-    if environment is not None and environment.needs_build:
-        raise EnvironmentBuildError(
-            f"{name_environment(environment)} asks for packages or has a Dockerfile, but images are not built for "
-            f"compute {compute.name!r} ({compute.type}). Build one with them beforehand (on a Docker compute, "
-            "`mlpipelines environment build` does), and name it as image=."
-        )
-    name = (environment.image if environment is not None else None) or compute.image
-    if name is None:
-        raise EnvironmentBuildError(
-            f"compute {compute.name!r} has no image, and neither has the step's environment. Give one of "
-            "them an image=."
-        )
-    return name
 
 
 def find_image(name: str, compute: DockerComputeSpec, *, timeout: int) -> ImageIdentity:
@@ -96,17 +51,11 @@ def pull_conn_id(compute: DockerComputeSpec) -> str | None:
     return compute.conn_id or (compute.registry.conn_id if compute.registry is not None else None)
 
 
-def pinned_image(name: str) -> ImageIdentity | None:
-    """Return the identity of a ``name`` that says the digest itself, else None."""
-    match = _BY_DIGEST.match(name)
-    return ImageIdentity(name, match[1]) if match else None
-
-
 def recall_image(client: APIClient, name: str, digest: str) -> ImageIdentity:
     """Return the image that ``name`` stood for when its digest was taken."""
     if local_image(client, digest) is not None:
         return ImageIdentity(digest, digest)  # the id of one that is in no registry
-    return ImageIdentity(f"{_repository(name)}@{digest}", digest)
+    return ImageIdentity(f"{repository_of(name)}@{digest}", digest)
 
 
 def local_image(client: APIClient, name: str) -> ImageIdentity | None:
@@ -117,9 +66,9 @@ def local_image(client: APIClient, name: str) -> ImageIdentity | None:
         image = client.inspect_image(name)  # type: ignore[no-untyped-call]
     except NotFound:
         return None
-    repository = _repository(name)
+    repository = repository_of(name)
     references = sorted(image.get("RepoDigests") or ())
-    own = [reference for reference in references if _repository(reference) == repository]
+    own = [reference for reference in references if repository_of(reference) == repository]
     for reference in (*own, *references):
         return ImageIdentity(reference, reference.partition("@")[2])
     return ImageIdentity(image["Id"], image["Id"])
@@ -135,7 +84,7 @@ def registry_image(client: APIClient, name: str) -> ImageIdentity:
         return ImageIdentity(
             name, None, f"image {name!r} is not on the Docker daemon, and its registry says: {said}"
         )
-    return ImageIdentity(f"{_repository(name)}@{digest}", digest)
+    return ImageIdentity(f"{repository_of(name)}@{digest}", digest)
 
 
 def seek_image(client: APIClient, name: str) -> ImageIdentity | None:
@@ -239,10 +188,3 @@ def _pull_failure(name: str, said: str) -> EnvironmentBuildError | ComputeUnavai
         f"The image {name!r} is not on the Docker daemon and can't be pulled: {said}. Check the daemon's way "
         "to the registry, or put the image on the daemon beforehand."
     )
-
-
-def _repository(name: str) -> str:
-    """Return ``name`` without tag and digest."""
-    name = name.partition("@")[0]
-    head, colon, tail = name.rpartition(":")
-    return head if colon and "/" not in tail else name

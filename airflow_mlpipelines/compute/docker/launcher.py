@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.compute.base import Launcher, ResolvedEnvironment, digest_variables
+from airflow_mlpipelines.compute.base import Launcher
 from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL, container_paths
 from airflow_mlpipelines.compute.docker.container import (
     make_container,
@@ -40,7 +40,6 @@ from airflow_mlpipelines.compute.docker.gang_run import GangRun
 from airflow_mlpipelines.compute.docker.gpus import check_gpus
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
-    image_name,
     local_image,
     pull_conn_id,
     pull_image,
@@ -55,6 +54,7 @@ from airflow_mlpipelines.compute.docker.watch import (
     DaemonLostError,
     watch_container,
 )
+from airflow_mlpipelines.compute.images import image_name, resolve_image
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 
 if TYPE_CHECKING:
@@ -63,10 +63,16 @@ if TYPE_CHECKING:
 
     from docker import APIClient
 
-    from airflow_mlpipelines.compute.base import Emit, HandleStore, ProcessPaths, Stage, StepLaunch
+    from airflow_mlpipelines.compute.base import (
+        Emit,
+        HandleStore,
+        ProcessPaths,
+        ResolvedEnvironment,
+        Stage,
+        StepLaunch,
+    )
+    from airflow_mlpipelines.compute.built_images import ImageDefinition
     from airflow_mlpipelines.compute.docker.container import ContainerSpec
-    from airflow_mlpipelines.compute.docker.environments import ImageDefinition
-    from airflow_mlpipelines.compute.docker.images import ImageIdentity
     from airflow_mlpipelines.definition.graph import (
         DockerComputeSpec,
         EnvironmentSpec,
@@ -129,7 +135,7 @@ class DockerLauncher(Launcher):
             return self.define_image(environment).resolve()
         name = image_name(environment, self._compute)
         identity = find_image(name, self._compute, timeout=_PLAN_TIMEOUT)
-        return _resolved(name, identity, environment)
+        return resolve_image(name, identity, environment)
 
     def prepare_environment(
         self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment, *, emit: Emit
@@ -142,7 +148,10 @@ class DockerLauncher(Launcher):
         """
         if environment is not None and environment.needs_build:
             definition, built = provide_image(
-                self.define_image(environment), self._compute, emit=emit
+                self.define_image(environment),
+                self._compute,
+                emit=emit,
+                guard=self.build_guard,
             )
             self._image_name = definition.name
             return definition.resolve(built.reference)
@@ -157,7 +166,7 @@ class DockerLauncher(Launcher):
             identity = local_image(client, reference)
         if resolved.cacheable or identity is None:
             return resolved
-        return _resolved(name, identity, environment)
+        return resolve_image(name, identity, environment)
 
     def recall_environment(
         self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
@@ -169,7 +178,7 @@ class DockerLauncher(Launcher):
         name, digest = str(description.get("image")), description.get("digest")
         if digest is None:
             return None
-        return _resolved(name, recall_image(self._client, name, digest), environment)
+        return resolve_image(name, recall_image(self._client, name, digest), environment)
 
     def is_prepared(
         self, environment: EnvironmentSpec | None, resolved: ResolvedEnvironment
@@ -406,22 +415,6 @@ class DockerLauncher(Launcher):
             )
         if code != 0:
             raise end_failure(step, end, spec, daemon_url(self._compute), log_tail)
-
-
-def _resolved(
-    name: str, identity: ImageIdentity, environment: EnvironmentSpec | None
-) -> ResolvedEnvironment:
-    return ResolvedEnvironment(
-        description={
-            "kind": "image",
-            "image": name,
-            "digest": identity.digest,
-            "variables": digest_variables(environment),
-        },
-        image=identity.reference,
-        cacheable=identity.digest is not None,
-        problem=identity.problem,
-    )
 
 
 def _is_ours(container: Mapping[str, Any] | None, step_run_id: str) -> bool:

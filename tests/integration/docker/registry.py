@@ -12,6 +12,7 @@ import subprocess
 import tarfile
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,40 +61,73 @@ class Registry:
         environment = {**os.environ, "DOCKER_CONFIG": str(self.config)}
         subprocess.run(["docker", "push", image], env=environment, check=True, capture_output=True)
 
+    @contextmanager
+    def pulled(self) -> Iterator[str]:
+        """Have the image on the daemon for a while; give its reference by digest."""
+        environment = {**os.environ, "DOCKER_CONFIG": str(self.config)}
+        subprocess.run(
+            ["docker", "pull", "-q", self.image], env=environment, check=True, capture_output=True
+        )
+        try:
+            yield docker_cli("inspect", "--format", "{{index .RepoDigests 0}}", self.image)
+        finally:
+            self.forget()
+
     def forget(self) -> None:
         """Take every image of this registry off the daemon."""
-        found = docker_cli("images", "-q", f"{self.address}/*/*").split()
-        if found:
-            docker_cli("rmi", "-f", *found)
+        # By name: the image itself may have other ones, which stay.
+        form = "{{.Repository}} {{.Tag}} {{.Digest}}"
+        for line in docker_cli("images", "--digests", "--format", form).splitlines():
+            repository, tag, digest = line.split()
+            if repository.startswith(f"{self.address}/"):
+                name = f"{repository}@{digest}" if tag == "<none>" else f"{repository}:{tag}"
+                docker_cli("rmi", "-f", name)
 
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     require_docker()
+    root = tmp_path_factory.mktemp("registry")
+    (root / "htpasswd").write_text(HTPASSWD + "\n")
+    with serve_registry(root, f"htpasswd: {{realm: tests, path: '{root}/htpasswd'}}") as address:
+        (root / "config.json").write_text(docker_config(address))
+        made = Registry(address, root)
+        try:
+            yield made
+        finally:
+            made.forget()
+
+
+def docker_config(address: str) -> str:
+    """Return the configuration of a Docker client that is logged in at the registry."""
+    token = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    return json.dumps({"auths": {address: {"auth": token}}})
+
+
+@contextmanager
+def serve_registry(root: Path, auth: str, *, data: Path | None = None) -> Iterator[str]:
+    """Run a registry with its own ``auth`` section, and yield its address.
+
+    Pods of the tests' cluster reach it too, at another address of this machine.
+    """
     if shutil.which("docker-registry") is None:
         missing("no docker-registry (Debian has a package of that name)")
-    root = tmp_path_factory.mktemp("registry")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    (root / "htpasswd").write_text(HTPASSWD + "\n")
+    with socket.create_server(("0.0.0.0", 0)) as probe:
+        port = probe.getsockname()[1]
     (root / "config.yml").write_text(
-        f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '{address}'}}\n"
-        f"storage: {{filesystem: {{rootdirectory: '{root}/data'}}}}\n"
-        f"auth: {{htpasswd: {{realm: tests, path: '{root}/htpasswd'}}}}\n"
+        f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: ':{port}'}}\n"
+        f"storage: {{filesystem: {{rootdirectory: '{data or root / 'data'}'}}}}\n"
+        f"auth: {{{auth}}}\n"
     )
-    token = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-    (root / "config.json").write_text(json.dumps({"auths": {address: {"auth": token}}}))
     server = subprocess.Popen(
         ["docker-registry", "serve", str(root / "config.yml")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    made = Registry(address, root)
     try:
-        wait_until(lambda: _answers(address), "the registry answers")
-        yield made
+        wait_until(lambda: _answers(f"127.0.0.1:{port}"), "the registry answers")
+        yield f"127.0.0.1:{port}"
     finally:
-        made.forget()
         server.kill()
         server.wait()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import multiprocessing
+import os
 import shutil
 import subprocess
 import tarfile
@@ -15,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from airflow_mlpipelines.caching.index import MetadataIndex
 from airflow_mlpipelines.compute.docker import DockerLauncher, builds
 from airflow_mlpipelines.definition.graph import DockerComputeSpec, EnvironmentSpec, RegistrySpec
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, EnvironmentBuildError
+from airflow_mlpipelines.execution.build_leases import make_build_guard
 from tests.integration.docker.cli import docker_cli
 from tests.integration.docker.registry import PASSWORD, USER
 from tests.parts import missing
@@ -415,3 +419,43 @@ def test_a_registry_that_does_not_answer_is_no_fault_of_the_environment(
 ) -> None:
     with pytest.raises(ComputeUnavailableError, match="can't be asked"):
         workshop.prepare(with_wheels(wheels), RegistrySpec(url="127.0.0.1:9/team/env"))
+
+
+def test_two_machines_with_one_metadata_database_build_an_image_once(
+    workshop: Workshop, shared: RegistrySpec, tmp_path: Path
+) -> None:
+    dockerfile = f"FROM {workshop.name}\nRUN echo {uuid.uuid4().hex}; sleep 3\n"
+    environment = EnvironmentSpec(name="slow", dockerfile=dockerfile)
+    url = f"sqlite:///{tmp_path}/metadata.db"
+    MetadataIndex(url).get_contents([])  # its tables are there
+
+    def build(machine: str, into: Any) -> None:
+        os.environ["AIRFLOW_HOME"] = str(tmp_path / machine)  # and so the locks on files
+        launcher, lines = workshop.launcher(shared), list[str]()
+        launcher.build_guard = make_build_guard(MetadataIndex(url), f"the step on {machine}")
+        resolved = launcher.resolve_environment(environment)
+        prepared = launcher.prepare_environment(environment, resolved, emit=lines.append)
+        into.put((prepared.image, lines))
+
+    context = multiprocessing.get_context("fork")
+    made: Any = context.Queue()
+    machines = [context.Process(target=build, args=(name, made)) for name in ("one", "two")]
+    for machine in machines:
+        machine.start()
+    try:
+        results = [made.get(timeout=120) for _ in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+            machine.join()
+    assert len({image for image, _ in results}) == 1
+    (builder, _), (waiter, _) = sorted(
+        ((lines, image) for image, lines in results),
+        key=lambda made: not any(line.startswith("Building image") for line in made[0]),
+    )
+    assert any(line.startswith("Pushed image") for line in builder)
+    assert not any(line.startswith(("Building image", "Pushed image")) for line in waiter)
+    assert any(
+        line.startswith("Waiting for the step on ") and ", which is building mlp" in line
+        for line in waiter
+    )

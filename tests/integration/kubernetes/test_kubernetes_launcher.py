@@ -433,9 +433,9 @@ def test_a_pod_that_never_got_its_files_is_begun_anew(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("airflow_mlpipelines.compute.kubernetes.launcher.deliver", lose)
+        patch.setattr("airflow_mlpipelines.compute.kubernetes.attending.deliver", lose)
         patch.setattr(
-            "airflow_mlpipelines.compute.kubernetes.launcher.discard", lambda *_, **__: None
+            "airflow_mlpipelines.compute.kubernetes.attending.discard", lambda *_, **__: None
         )
         with pytest.raises(KeyboardInterrupt):
             step.python("print(1)")

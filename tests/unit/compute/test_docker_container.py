@@ -24,10 +24,10 @@ from airflow_mlpipelines.compute.docker.failures import end_failure, format_byte
 from airflow_mlpipelines.compute.docker.gpus import check_cdi_names, device_requests, has_runtime
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
-    image_name,
     pull_image,
 )
 from airflow_mlpipelines.compute.docker.watch import ContainerEnd
+from airflow_mlpipelines.compute.images import image_name
 from airflow_mlpipelines.definition.graph import (
     DockerComputeSpec,
     EnvironmentSpec,
@@ -370,11 +370,15 @@ def test_the_environment_names_the_image_before_the_compute_does() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"pip": ("x",)}, {"apt": ("x",)}, {"dockerfile": "FROM x"}])
-def test_a_compute_that_builds_nothing_never_runs_the_base_instead(fields: dict[str, Any]) -> None:
+def test_pods_without_a_registry_never_run_the_base_of_what_has_to_be_built(
+    fields: dict[str, Any],
+) -> None:
     from airflow_mlpipelines.compute.kubernetes import KubernetesLauncher
 
     launcher = KubernetesLauncher(KubernetesComputeSpec(name="cluster", image="python:3.11"))
-    with pytest.raises(EnvironmentBuildError, match="not built for compute 'cluster'"):
+    with pytest.raises(
+        EnvironmentBuildError, match=r"built for compute 'cluster', .* none is named"
+    ):
         launcher.resolve_environment(EnvironmentSpec(**fields))
 
 

@@ -253,6 +253,26 @@ def test_a_run_is_not_started_again_after_503(server, client):
     assert len(server.requests) == 1
 
 
+def test_a_login_is_tried_again_after_503(server):
+    server.tokens = ["fresh"]
+    server.answers = {
+        "POST /auth/token": [(503, "busy"), (201, {"access_token": "fresh"})],
+        f"POST {DAG}/dagRuns": [(200, {"dag_run_id": "run1"})],
+    }
+    client = AirflowClient(server.url, username="ann", password="secret")
+
+    assert client.trigger("flights") == "run1"
+    assert len(server.asked(f"POST {DAG}/dagRuns")) == 1
+
+
+def test_a_server_that_never_lets_anybody_in_is_told(server):
+    server.answers = {"POST /auth/token": [(503, "busy")]}
+    client = AirflowClient(server.url, username="ann", password="secret")
+
+    with pytest.raises(SubmissionError, match=r"refused POST /auth/token \(503\): busy"):
+        client.trigger("flights")
+
+
 def test_a_run_whose_start_was_cut_off_is_not_started_again(client, server, monkeypatch):
     def hang_up(request):
         server.requests.append(request)

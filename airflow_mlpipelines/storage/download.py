@@ -1,0 +1,170 @@
+"""Files of a remote store brought to this machine's disk: in parts, several at a time, and digested in passing.
+
+What a lost or failed process has brought is noted in a journal beside the data, and is not brought again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.storage.parts import (
+    OrderedDigest,
+    Part,
+    PartsJournal,
+    StoppedError,
+    carry_all,
+    cut,
+)
+from airflow_mlpipelines.storage.s3_requests import NotServedError, find_requests
+from airflow_mlpipelines.storage.trees import combine_files, digest_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from airflow_mlpipelines.storage.listing import RemoteFile
+    from airflow_mlpipelines.storage.stores import Store
+
+JOURNAL_SUFFIX = ".parts"
+"""Ends the name of the journal of what is brought to a path, beside that path."""
+
+
+def download(
+    store: Store,
+    path: str,
+    files: Sequence[RemoteFile],
+    kind: Literal["dir", "file"],
+    target: Path,
+) -> str:
+    """Return the digest of what was brought to ``target``, once all of it has come.
+
+    After an error, or if this process is lost, the next call goes on with the parts that have come whole.
+
+    Args:
+        store: The datastore.
+        path: A file or directory on it.
+        files: What is there.
+        kind: Which of both it is.
+        target: Where it goes.
+
+    Raises:
+        DataError: It can't be read, or was changed meanwhile.
+    """
+    with (
+        store.translate_errors(path, "fetched"),
+        PartsJournal(target.with_name(f"{target.name}{JOURNAL_SUFFIX}")) as journal,
+    ):
+        return _Download(store, path, kind, target, journal).run(files)
+
+
+class _Download:
+    def __init__(
+        self,
+        store: Store,
+        path: str,
+        kind: Literal["dir", "file"],
+        target: Path,
+        journal: PartsJournal,
+    ) -> None:
+        self._store = store
+        self._path = path
+        self._kind = kind
+        self._target = target
+        self._journal = journal
+        self._requests = find_requests(store)
+        # Where a file is one stream, as with SFTP, parts of it would each be opened anew.
+        self._in_parts = store.protocol.whole_objects and store.protocol.ranges
+        self._stop = threading.Event()
+        self._digests: dict[str, bytes] = {}
+
+    def run(self, files: Sequence[RemoteFile]) -> str:
+        if self._kind == "dir":
+            for directory in {os.path.dirname(file.path) for file in files} | {""}:  # noqa: PTH120 - thousands of names
+                (self._target / directory).mkdir(parents=True, exist_ok=True)
+        carry_all(self._jobs(files), stop=self._stop)
+        return combine_files(self._digests)
+
+    def _jobs(self, files: Sequence[RemoteFile]) -> Iterator[Callable[[], None]]:
+        for file in files:
+            place = "/".join(part for part in (self._path, file.path) if part)
+            remote = self._store.remote_path(place)
+            local = os.path.join(self._target, file.path) if file.path else str(self._target)  # noqa: PTH118
+            if self._in_parts:
+                yield from self._parts_of(file, remote, local)
+            else:
+                yield partial(self._bring_whole, file, remote, local)
+
+    def _parts_of(self, file: RemoteFile, remote: str, local: str) -> Iterator[Callable[[], None]]:
+        parts = cut(file.size)
+        here = [self._journal.has(file, part) for part in parts]
+        if not any(here) and self._journal.holds_parts:
+            Path(local).unlink(missing_ok=True)  # parts of another version
+        digest = OrderedDigest(self._stop)
+        for part, is_here in zip(parts, here, strict=True):
+
+            def bring(part: Part = part, is_here: bool = is_here) -> None:
+                data: bytes | bytearray | None = _read_local(local, part) if is_here else None
+                if data is None:
+                    data = self._read(file, remote, part)
+                    _write_local(local, part, data)
+                    self._journal.note(file, part)
+                if digest.add(part.number, data) == len(parts):
+                    self._digests[file.path] = digest.digest()
+
+            yield bring
+
+    def _read(self, file: RemoteFile, remote: str, part: Part) -> bytes | bytearray:
+        """Return a part of a remote file."""
+        if not part.size:
+            return b""
+        whole = part.size == file.size
+        if self._requests is not None:
+            kind, _, etag = (file.version or "").partition("=")
+            try:
+                wanted = etag if kind.lower() == "etag" else None
+                return self._requests.read(remote, part, whole=whole, etag=wanted)
+            except NotServedError:
+                if self._stop.is_set():
+                    raise StoppedError("stopped") from None
+        end = part.start + part.size
+        data: bytes = self._store.filesystem.cat_file(
+            remote, **({} if whole else {"start": part.start, "end": end})
+        )
+        if len(data) != part.size:
+            raise DataError(
+                f"{self._store.uri(self._path)}: {file.path or 'the file'} had {file.size} bytes when it was "
+                "listed, and has others now. Start a new run, which takes it as it is."
+            )
+        return data
+
+    def _bring_whole(self, file: RemoteFile, remote: str, local: str) -> None:
+        whole = Part(0, 0, file.size)
+        if not self._journal.has(file, whole):
+            self._store.filesystem.get_file(remote, local)
+            self._journal.note(file, whole)
+        self._digests[file.path] = digest_file(os.fsencode(local))
+
+
+def _read_local(local: str, part: Part) -> bytes | None:
+    """Return a part that was brought before, or None if it is not here after all."""
+    try:
+        with open(local, "rb", buffering=0) as file:  # noqa: PTH123 - thousands of them
+            data = os.pread(file.fileno(), part.size, part.start)
+    except OSError:
+        return None
+    return data if len(data) == part.size else None
+
+
+def _write_local(local: str, part: Part, data: bytes | bytearray) -> None:
+    handle = os.open(local, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        view, at = memoryview(data), part.start
+        while view:
+            written = os.pwrite(handle, view, at)
+            view, at = view[written:], at + written
+    finally:
+        os.close(handle)

@@ -1,0 +1,312 @@
+"""Files of this machine sent to a remote store: several at a time, in parts, and digested in passing.
+
+What an earlier try has sent is not sent again: the store itself says which objects, and which parts of an unfinished
+object, it has, and by which MD5. So nothing has to be remembered here, and nothing is believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mimetypes
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.storage.listing import list_remote
+from airflow_mlpipelines.storage.parts import (
+    PART,
+    THREADS,
+    OrderedDigest,
+    Part,
+    StoppedError,
+    carry_all,
+    cut,
+)
+from airflow_mlpipelines.storage.s3_requests import NotServedError, find_requests
+from airflow_mlpipelines.storage.trees import digest_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from airflow_mlpipelines.storage.listing import RemoteFile
+    from airflow_mlpipelines.storage.s3_requests import S3Requests
+    from airflow_mlpipelines.storage.stores import Store
+
+_MOST_PARTS = 9000
+"""S3 takes 10,000."""
+
+
+class _Sent(NamedTuple):
+    """A part that the server has: its etag, which is the MD5 of its bytes unless a key of the customer's encrypts it."""
+
+    etag: str
+    size: int
+
+
+def upload(store: Store, path: str, files: Mapping[str, Path]) -> dict[str, bytes]:
+    """Return the 32 bytes of each file's digest, once all of them are at ``path``.
+
+    The place is its caller's alone: files there that are none of these, which an earlier try has left, are deleted.
+
+    Args:
+        store: The datastore.
+        path: A place on it.
+        files: Where each file is on this machine, by its path below ``path``; ``""`` for a single file.
+
+    Raises:
+        DataError: A file can't be sent, changes meanwhile, or did not arrive.
+    """
+    with store.translate_errors(path, "written"):
+        present = {file.path: file for file in list_remote(store, path)[0]}
+        for name in sorted(present.keys() - files.keys()):
+            store.filesystem.rm_file(store.remote_path(_join(path, name)))
+        digests = _Upload(store, path, present).run(files)
+    arrived = {file.path: file.size for file in list_remote(store, path)[0]}
+    lost = sorted(name for name, file in files.items() if arrived.get(name) != file.stat().st_size)
+    if lost or len(arrived) != len(files):
+        said = f": {lost[0]!r} is not there under its name" if lost and lost[0] else ""
+        raise DataError(f"did not arrive whole at {store.uri(path)}{said}.")
+    return digests
+
+
+class _Upload:
+    def __init__(self, store: Store, path: str, present: Mapping[str, RemoteFile]) -> None:
+        self._store = store
+        self._path = path
+        self._present = present
+        self._requests = find_requests(store)
+        self._stop = threading.Event()
+        self._digests: dict[str, bytes] = {}
+
+    def run(self, files: Mapping[str, Path]) -> dict[str, bytes]:
+        largest = max(file.stat().st_size for file in files.values())
+        part_size = max(PART, -(-largest // _MOST_PARTS))
+        unfinished: dict[str, list[str]] = {}
+        if self._requests is not None and largest > part_size:
+            unfinished = _list_unfinished(self._store, self._store.remote_path(self._path))
+        jobs = self._jobs(files, part_size, unfinished)
+        carry_all(jobs, threads=max(1, min(THREADS, THREADS * PART // part_size)), stop=self._stop)
+        return self._digests
+
+    def _jobs(
+        self, files: Mapping[str, Path], part_size: int, unfinished: Mapping[str, Sequence[str]]
+    ) -> Iterator[Callable[[], None]]:
+        requests = self._requests
+        for name, file in files.items():
+            remote = self._store.remote_path(_join(self._path, name))
+            if requests is None:
+                yield partial(self._send_whole, name, file, remote)
+                continue
+            parts = cut(file.stat().st_size, part_size)
+            if len(parts) == 1:
+                yield partial(self._send_small, requests, name, file, remote)
+                continue
+            sending = _LargeFile(self._store, remote, file, parts, self._stop)
+            known = self._present.get(name)
+            if known is not None and sending.is_there(known):
+                self._digests[name] = digest_file(os.fsencode(file))
+                continue
+            sending.begin(unfinished.get(remote.partition("/")[2], ()))
+            for part in parts:
+                yield partial(self._send_part, requests, name, sending, part)
+
+    def _send_whole(self, name: str, file: Path, remote: str) -> None:
+        digest = digest_file(os.fsencode(file))
+        with self._store.publish(_join(self._path, name)) as place:
+            self._store.filesystem.put_file(str(file), place)
+        self._digests[name] = digest
+
+    def _send_small(self, requests: S3Requests, name: str, file: Path, remote: str) -> None:
+        from blake3 import blake3
+
+        data = _read_local(file, Part(0, 0, file.stat().st_size))
+        known = self._present.get(name)
+        if known is None or not _is_same(known, data):
+            try:
+                requests.write(remote, data, content_type=_guess_type(name))
+            except NotServedError:
+                self._raise_if_stopped()
+                self._store.filesystem.put_file(str(file), remote)
+        self._digests[name] = blake3(data).digest()
+
+    def _send_part(self, requests: S3Requests, name: str, sending: _LargeFile, part: Part) -> None:
+        data = _read_local(sending.file, part)
+        etag = sending.find(part, data)
+        if etag is None:
+            try:
+                etag = requests.write(sending.remote, data, query=sending.query(part))
+            except NotServedError:
+                self._raise_if_stopped()
+                etag = sending.send_slowly(part, data)
+        digest = sending.finish(part, data, etag)
+        if digest is not None:
+            self._digests[name] = digest
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.is_set():
+            raise StoppedError("stopped")
+
+
+class _LargeFile:
+    """A file that is sent as a multi-part upload, which may have been begun before."""
+
+    def __init__(
+        self, store: Store, remote: str, file: Path, parts: Sequence[Part], stop: threading.Event
+    ) -> None:
+        self.remote = remote
+        self.file = file
+        self._filesystem: Any = store.filesystem
+        self._bucket, _, self._key = remote.partition("/")
+        self._parts = parts
+        self._before = _version(file)
+        self._digest = OrderedDigest(stop)
+        self._etags: dict[int, str] = {}
+        self._sent: dict[int, _Sent] = {}
+        self._begun: Sequence[str] = ()
+        self._upload_id = ""
+
+    def is_there(self, known: RemoteFile) -> bool:
+        """Whether an object is what this file would be, sent in these parts."""
+        etag = _plain_etag(known)
+        if etag is None or not etag.endswith(f"-{len(self._parts)}"):
+            return False
+
+        def take(part: Part) -> bytes:
+            return hashlib.md5(_read_local(self.file, part), usedforsecurity=False).digest()
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            sums = b"".join(pool.map(take, self._parts))
+        whole = hashlib.md5(sums, usedforsecurity=False).hexdigest()
+        return etag == f"{whole}-{len(self._parts)}"
+
+    def begin(self, begun: Sequence[str]) -> None:
+        """Go on with the newest of the uploads that were begun, or begin one."""
+        self._begun = begun
+        for upload_id in reversed(begun):
+            with suppress(Exception):  # whatever is wrong with it, another one can be begun
+                self._sent = self._list_parts(upload_id)
+                self._upload_id = upload_id
+                return
+        kind = _guess_type(self._key)
+        made = self._call("create_multipart_upload", **({"ContentType": kind} if kind else {}))
+        self._upload_id = made["UploadId"]
+
+    def _list_parts(self, upload_id: str) -> dict[int, _Sent]:
+        found: dict[int, _Sent] = {}
+        marker = 0
+        while True:
+            page = self._call("list_parts", UploadId=upload_id, PartNumberMarker=marker)
+            for item in page.get("Parts", []):
+                found[item["PartNumber"]] = _Sent(item["ETag"], item["Size"])
+            if not page.get("IsTruncated"):
+                return found
+            marker = page["NextPartNumberMarker"]
+
+    def query(self, part: Part) -> dict[str, str]:
+        """Return what a request to send the part says of it."""
+        return {"partNumber": str(part.number + 1), "uploadId": self._upload_id}
+
+    def find(self, part: Part, data: bytes) -> str | None:
+        """Return the etag of the part if the server has it with these bytes."""
+        sent = self._sent.get(part.number + 1)
+        if sent is None or sent.size != part.size or not _is_md5(sent.etag, data):
+            return None
+        return sent.etag
+
+    def send_slowly(self, part: Part, data: bytes) -> str:
+        """Send a part through s3fs, which tries again and knows what may go wrong."""
+        numbered = {"PartNumber": part.number + 1, "UploadId": self._upload_id}
+        return str(self._call("upload_part", Body=data, **numbered)["ETag"])
+
+    def finish(self, part: Part, data: bytes, etag: str) -> bytes | None:
+        """Take note of a part; with the last one, complete the object and return the file's digest."""
+        self._etags[part.number + 1] = etag
+        if self._digest.add(part.number, data) < len(self._parts):
+            return None
+        if _version(self.file) != self._before:
+            raise DataError(
+                f"{str(self.file)!r} changes while it is read. Whoever writes it has to end first."
+            )
+        parts = [{"PartNumber": n, "ETag": etag} for n, etag in sorted(self._etags.items())]
+        self._call(
+            "complete_multipart_upload",
+            UploadId=self._upload_id,
+            MultipartUpload={"Parts": parts},
+        )
+        for upload_id in self._begun:
+            if upload_id != self._upload_id:
+                with suppress(Exception):  # the object is there; what is left over costs only room
+                    self._call("abort_multipart_upload", UploadId=upload_id)
+        return self._digest.digest()
+
+    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = self._filesystem.call_s3(
+            method, Bucket=self._bucket, Key=self._key, **arguments
+        )
+        return answer
+
+
+def _list_unfinished(store: Store, place: str) -> dict[str, list[str]]:
+    """Return the ids of the uploads that were begun at and below a place, by key, the oldest first."""
+    filesystem: Any = store.filesystem
+    bucket, _, prefix = place.partition("/")
+    found: dict[str, list[tuple[str, str]]] = {}
+    marker: dict[str, str] = {}
+    with suppress(Exception):  # not every user may list them, and not every server can
+        while True:
+            page = filesystem.call_s3(
+                "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker
+            )
+            for item in page.get("Uploads", []):
+                begun = str(item.get("Initiated", "")), item["UploadId"]
+                found.setdefault(item["Key"], []).append(begun)
+            if not page.get("IsTruncated"):
+                break
+            marker = {
+                "KeyMarker": page["NextKeyMarker"],
+                "UploadIdMarker": page["NextUploadIdMarker"],
+            }
+    return {key: [upload_id for _, upload_id in sorted(ids)] for key, ids in found.items()}
+
+
+def _read_local(file: Path, part: Part) -> bytes:
+    with open(file, "rb", buffering=0) as opened:  # noqa: PTH123 - thousands of them
+        data = os.pread(opened.fileno(), part.size, part.start) if part.size else b""
+        grown = part.size and os.fstat(opened.fileno()).st_size < part.start + part.size
+    if len(data) != part.size or grown:
+        raise DataError(
+            f"{str(file)!r} changes while it is read. Whoever writes it has to end first."
+        )
+    return data
+
+
+def _version(file: Path) -> tuple[int, int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _plain_etag(file: RemoteFile) -> str | None:
+    kind, _, value = (file.version or "").partition("=")
+    return value.strip('"') if kind.lower() == "etag" else None
+
+
+def _is_same(file: RemoteFile, data: bytes) -> bool:
+    etag = _plain_etag(file)
+    return etag is not None and file.size == len(data) and _is_md5(etag, data)
+
+
+def _is_md5(etag: str, data: bytes) -> bool:
+    return etag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def _guess_type(name: str) -> str | None:
+    return mimetypes.guess_type(name)[0]
+
+
+def _join(path: str, name: str) -> str:
+    return "/".join(part for part in (path, name) if part)

@@ -1,0 +1,123 @@
+"""Pods on images of a real registry that asks who one is: by digest, and built on the way."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import uuid
+from typing import TYPE_CHECKING
+
+import pytest
+
+from airflow_mlpipelines.definition.graph import EnvironmentSpec, RegistrySpec
+from tests.integration.docker.cli import docker_cli
+from tests.integration.docker.registry import PASSWORD, USER, docker_config, registry
+from tests.integration.kubernetes.test_kubernetes_launcher import PodStep, step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.integration.docker.registry import Registry
+    from tests.integration.kubernetes.conftest import Cluster
+
+pytestmark = [pytest.mark.kubernetes, pytest.mark.docker]
+CONN_ID = "test_pod_registry"
+PULL_SECRET = "test-registry"
+__all__ = ["registry", "step"]
+
+
+@pytest.fixture
+def shared(
+    registry: Registry, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[RegistrySpec]:
+    """A repository of this test's own in a registry that the worker and the cluster's node may use."""
+    if cluster.host_address is None:
+        pytest.skip("this cluster's node can't be told where a registry of this machine is")
+    hosts = cluster.kubeconfig.parent / "registries" / registry.address
+    hosts.mkdir(parents=True)
+    url = f"http://{cluster.host_address}:{registry.address.rpartition(':')[2]}"
+    (hosts / "hosts.toml").write_text(
+        f'server = "{url}"\n[host."{url}"]\ncapabilities = ["pull", "resolve"]\n'
+    )
+    secret = base64.b64encode(docker_config(registry.address).encode()).decode()
+    cluster.create(
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": PULL_SECRET},
+            "type": "kubernetes.io/dockerconfigjson",
+            "data": {".dockerconfigjson": secret},
+        }
+    )
+    connection = {
+        "conn_type": "docker",
+        "host": registry.address,
+        "login": USER,
+        "password": PASSWORD,
+    }
+    monkeypatch.setenv(f"AIRFLOW_CONN_{CONN_ID.upper()}", json.dumps(connection))
+    monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path / "airflow"))
+    try:
+        yield RegistrySpec(url=f"{registry.address}/team/{uuid.uuid4().hex}", conn_id=CONN_ID)
+    finally:
+        cluster.core.delete_namespaced_secret(PULL_SECRET, cluster.namespace)
+        shutil.rmtree(hosts)
+
+
+def push_turn(registry: Registry, turn: str) -> str:
+    """Put a small image that knows its turn into the registry, always under the same tag; return that."""
+    name = f"{registry.address}/team/base:1"
+    container = docker_cli("create", "busybox:1.36", "none")
+    try:
+        docker_cli("commit", f"--change=ENV TURN={turn}", container, name)
+    finally:
+        docker_cli("rm", container)
+    registry.push_from_daemon(name)
+    registry.forget()
+    return name
+
+
+def test_a_pod_is_pulled_by_the_digest_that_its_tag_had_when_the_run_was_planned(
+    step: PodStep, registry: Registry, shared: RegistrySpec
+) -> None:
+    environment = EnvironmentSpec(image=push_turn(registry, "planned"))
+    launcher = step.launcher(registry=shared, image_pull_secrets=(PULL_SECRET,))
+    planned = launcher.resolve_environment(environment)
+    assert planned.cacheable
+    push_turn(registry, "moved")
+    prepared = launcher.prepare_environment(environment, planned, emit=print)
+    lines = step.run("sh", "-c", "echo $TURN", launcher=launcher, image=prepared.image)
+    assert lines == ["planned"]
+
+
+def test_an_environment_is_built_once_and_pods_pull_it_by_digest(
+    step: PodStep, registry: Registry, shared: RegistrySpec
+) -> None:
+    base = push_turn(registry, "base")
+    environment = EnvironmentSpec(
+        name="own", dockerfile=f"FROM {base}\nRUN echo {uuid.uuid4().hex} on $TURN > /made\n"
+    )
+    launcher = step.launcher(registry=shared, image_pull_secrets=(PULL_SECRET,))
+    definition = launcher.define_image(environment)
+    told: list[str] = []
+    try:
+        resolved = launcher.resolve_environment(environment)
+        assert launcher.is_prepared(environment, resolved) is False
+        prepared = launcher.prepare_environment(environment, resolved, emit=told.append)
+        assert prepared.digest == resolved.digest
+        [line] = step.run("cat", "/made", launcher=launcher, image=prepared.image)
+    finally:
+        docker_cli("rmi", "-f", definition.name)
+    assert line.endswith(" on base")
+    assert str(prepared.image).startswith(f"{shared.url}@sha256:")
+    assert f"Building image {definition.name} for environment 'own'. This is done once." in told
+    assert any(line.startswith(f"Pushed image {shared.url}:") for line in told)
+
+    # Where there is no daemon, what another machine has built is there all the same.
+    without = step.launcher(registry=shared, docker_url="unix:///nowhere.sock")
+    resolved = without.resolve_environment(environment)
+    assert without.is_prepared(environment, resolved) is True
+    again = without.prepare_environment(environment, resolved, emit=told.append)
+    assert (again.image, again.digest) == (prepared.image, prepared.digest)

@@ -1,0 +1,50 @@
+"""versitygw, a real S3 server whose objects are files: found on this machine, and run for a test or a benchmark."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+S3_KEYS = ("mlpipelines", "mlpipelines-secret")
+_VERSION = "1.8.0"
+
+
+def find_versitygw() -> Path | None:
+    """Return the program, as ``.ci/versitygw.sh`` leaves it or as it is on the PATH."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    built = caches / "mlpipelines-tests" / f"versitygw-{_VERSION}" / "versitygw"
+    found = str(built) if built.exists() else shutil.which("versitygw")
+    return Path(found) if found else None
+
+
+@contextmanager
+def run_versitygw(program: Path, directory: Path) -> Iterator[str]:
+    """Serve a directory, whose folders are buckets, and give the server's address."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    keys = {"ROOT_ACCESS_KEY": S3_KEYS[0], "ROOT_SECRET_KEY": S3_KEYS[1]}
+    process = subprocess.Popen(
+        [program, "--quiet", "--port", f"127.0.0.1:{port}", "posix", directory],
+        env={**os.environ, **keys},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(300):
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
