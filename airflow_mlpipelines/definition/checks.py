@@ -94,12 +94,6 @@ def _check_code(root: str, source_directory: str, script: str | None) -> Iterato
 
 def _check_nodes(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
     nodes = step.distributed.nodes if step.distributed is not None else 1
-    if nodes > 1 and not isinstance(compute, DockerComputeSpec | LocalComputeSpec):
-        yield Problem(
-            f"is distributed over {nodes} nodes, but compute {compute.name!r} ({compute.type}) runs a step on "
-            "one. Set nodes=1 and processes_per_node to the number of processes",
-            step=step.name,
-        )
     if nodes == 1 or not isinstance(compute, DockerComputeSpec):
         return
     mode = compute.network_mode or ""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 GANG = "MLP_GANG"
 TOKEN = "MLP_GANG_TOKEN"  # noqa: S105 - a variable's name
 PORT = 29400
+_INDEX = "JOB_COMPLETION_INDEX"  # which Kubernetes tells each pod of a Job
 FOLLOWED = 143
 """The exit code of a node that was ended because of another one."""
 _RETRY_SECONDS = 0.2
@@ -52,7 +53,7 @@ class Place:
             return None
         told = json.loads(os.environ[GANG])
         return cls(
-            int(told["node"]),
+            int(told.get("node", os.environ.get(_INDEX, "0"))),
             [str(host) for host in told["hosts"]],
             port=int(told.get("port", PORT)),
             wait_seconds=float(told["wait_seconds"]),

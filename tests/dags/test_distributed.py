@@ -8,6 +8,7 @@ import pytest
 
 from airflow_mlpipelines import (
     DockerCompute,
+    KubernetesCompute,
     Mpi,
     Pipeline,
     PipelineData,
@@ -46,6 +47,24 @@ def define_training(folder: str, processes: int, compute: object = None) -> Pyth
 
 
 # [end distributed]
+
+
+# [start nodes]
+def define_cluster_training(folder: str, compute: object) -> PythonScriptStep:
+    """Return a step that trains on four nodes with eight GPUs each."""
+    model = PipelineData("model")
+    return PythonScriptStep(
+        "train.py",
+        arguments=[model],
+        outputs=[model],
+        source_directory=folder,
+        compute_target=compute,
+        resources=Resources(gpus=8, memory="400G"),
+        distributed=PyTorch(nodes=4, processes_per_node=8),
+    )
+
+
+# [end nodes]
 def pipeline(folder: Path, name: str, processes: int, compute: object = None) -> Pipeline:
     (folder / "train.py").write_text(TRAIN)
     train = define_training(str(folder), processes, compute)
@@ -101,6 +120,16 @@ def test_nodes_in_containers_work_as_one(tmp_path: Path):
     assert model.read_text() == "a model of 2"
     logs = sorted(model.parent.rglob("std_log_process_*.txt"))
     assert [log.read_text() for log in logs] == ["this is rank 0\n", "this is rank 1\n"]
+
+
+def test_a_cluster_takes_a_step_on_several_nodes(tmp_path: Path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    compute = KubernetesCompute("cluster", image=IMAGE, gpus=8)
+    step = define_cluster_training(str(tmp_path), compute)
+
+    made = Pipeline(Workspace.from_config(), [step], name="on_a_cluster")
+
+    assert made.validate() == []
 
 
 @pytest.mark.parametrize(

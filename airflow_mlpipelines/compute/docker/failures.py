@@ -71,28 +71,13 @@ def start_failure(step: str, error: APIError, spec: ContainerSpec, daemon: str) 
 
 
 def end_failure(
-    step: str,
-    end: ContainerEnd,
-    spec: ContainerSpec,
-    daemon: str,
-    log_tail: Sequence[str],
-    *,
-    where: str = "",
+    step: str, end: ContainerEnd, spec: ContainerSpec, daemon: str, log_tail: Sequence[str]
 ) -> MLPipelinesError:
-    """Return what to raise for a container that did not end with exit code 0.
-
-    Args:
-        step: The step's name.
-        end: How its container ended.
-        spec: What it was made of.
-        daemon: Where the daemon listens.
-        log_tail: The last lines of its log.
-        where: Which of several containers it was, such as ``node 1 of 4: ``.
-    """
+    """Return what to raise for a container that did not end with exit code 0."""
     state = end.state
     if state is None:
         return StepFailedError(
-            step, f"{where}somebody removed its container while it ran", log_tail=log_tail
+            step, "somebody removed its container while it ran", log_tail=log_tail
         )
     code = int(state["ExitCode"])
     if end.daemon_was_away and code in _LOST_WITH_DAEMON:
@@ -105,9 +90,7 @@ def end_failure(
         message, retryable = f"exit code {code}: {_no_program(spec, log_tail)}", False
     else:
         message, retryable = f"exit code {code}{signal_name(code)}", True
-    return StepFailedError(
-        step, where + message, exit_code=code, log_tail=log_tail, retryable=retryable
-    )
+    return StepFailedError(step, message, exit_code=code, log_tail=log_tail, retryable=retryable)
 
 
 def format_bytes(count: int) -> str:

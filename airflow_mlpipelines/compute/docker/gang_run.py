@@ -177,14 +177,15 @@ class GangRun:
                 log_tail=tuple(logs.tails[0]),
             )
         if node is not None:
-            raise end_failure(
+            error = end_failure(
                 launch.step_name,
                 logs.ends[node],
                 specs[node],
                 daemon_url(self._compute),
                 tuple(logs.tails[node]),
-                where=f"node {node} of {len(specs)}: ",
             )
+            where = f"node {node} of {len(specs)}"
+            raise error.at(where) if isinstance(error, StepFailedError) else error
 
     def _was_killed(self, log_tail: tuple[str, ...] = ()) -> StepFailedError:
         return StepFailedError(self._launch.step_name, "it was killed", log_tail=log_tail)

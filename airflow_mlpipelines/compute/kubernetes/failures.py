@@ -208,8 +208,8 @@ def _forbidden(step: str, said: str, compute: KubernetesComputeSpec) -> StepFail
         return StepFailedError(
             step,
             f"this worker may not do that in namespace {compute.namespace!r}: {said}. Its service account or user "
-            "needs pods (create, get, patch, delete), pods/log (get), pods/exec (create, get) and secrets (create, "
-            "delete).",
+            "needs pods (create, get, list, patch, delete), pods/log (get), pods/exec (create, get) and secrets (create, "
+            "delete); for steps on several nodes also jobs (create, get, patch, delete) and services (create, delete).",
             retryable=False,
         )
     return StepFailedError(

@@ -20,6 +20,13 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     connect,
 )
 from airflow_mlpipelines.compute.kubernetes.failures import refusal
+from airflow_mlpipelines.compute.kubernetes.gang import (
+    discard_gang,
+    find_gang,
+    plan_gang,
+    prepare_launch,
+)
+from airflow_mlpipelines.compute.kubernetes.gang_run import GangAttendant
 from airflow_mlpipelines.compute.kubernetes.images import PodImages
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
     KILL_SECONDS,
@@ -56,7 +63,7 @@ _KILL_ANSWER_SECONDS = 1.0
 
 
 class KubernetesLauncher(Launcher):
-    """Runs one step as one pod of a Kubernetes cluster.
+    """Runs one step as one pod of a Kubernetes cluster; on several nodes, as the pods of a Job.
 
     The worker waits for its pod, and all data travel through the API server: this suits steps whose
     inputs and outputs are some gigabytes at most. A GPU model (``gpu_type``) is asked for by the node label
@@ -68,6 +75,7 @@ class KubernetesLauncher(Launcher):
         self._token = uuid.uuid4().hex
         self._images = PodImages(compute)
         self._name: str | None = None
+        self._gang: str | None = None
         self._stops = Stops()
 
     @cached_property
@@ -131,6 +139,9 @@ class KubernetesLauncher(Launcher):
             ComputeUnavailableError: The cluster does not answer.
         """
         with self._in_words(step_run_id):
+            noted = handle.get() or {}
+            if "job" in noted:
+                return find_gang(self._cluster, step_run_id, noted["job"]) is not None
             return self._find_survivor(step_run_id, handle) is not None
 
     def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
@@ -151,6 +162,9 @@ class KubernetesLauncher(Launcher):
         for directory in (stage.root, stage.code, stage.run, stage.outputs_root):
             # An adopted pod's first worker may have been another machine.
             directory.mkdir(parents=True, exist_ok=True)
+        if launch.nodes > 1:
+            self._run_gang(launch, emit, handle)
+            return
         with self._in_words(launch.step_name):
             spec = self._plan(launch)
             attendant = PodAttendant(
@@ -177,9 +191,27 @@ class KubernetesLauncher(Launcher):
         # What fails here, run() finds out; and what is left, the next try removes.
         with suppress(ClusterError):
             own = cluster.again()
+            if self._gang is not None:
+                job = own.ask("GET", f"jobs/{name}", seconds=_KILL_ANSWER_SECONDS)
+                if belongs_to(job, self._token):
+                    discard_gang(own, self._gang)
+                return
             pod = own.ask("GET", f"pods/{name}", seconds=_KILL_ANSWER_SECONDS)
             if belongs_to(pod, self._token):
                 own.delete("pods", name, seconds=KILL_SECONDS, uid=pod["metadata"]["uid"])
+
+    def _run_gang(self, launch: StepLaunch, emit: Emit, handle: HandleStore) -> None:
+        with self._in_words(launch.step_name):
+            prepared = prepare_launch(launch, self._compute)
+            spec = plan_gang(self._plan(prepared), prepared)
+            attendant = GangAttendant(
+                self._cluster, prepared, spec, token=self._token, handle=handle, stops=self._stops
+            )
+            self._gang, self._name = launch.step_run_id, spec.name
+            try:
+                attendant.run(emit)
+            finally:
+                self._name = None
 
     def _plan(self, launch: StepLaunch) -> PodSpec:
         image = self._images.name or launch.image or ""

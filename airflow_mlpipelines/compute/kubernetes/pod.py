@@ -33,7 +33,7 @@ OWNER = f"{LABEL_PREFIX}owner"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 DEFAULT_UID = 1000
 """Whom a step runs as where the worker is root, whom a pod should not be."""
-_WORKSPACE = "mlp-workspace"
+WORKSPACE = "mlp-workspace"
 _SHM = "mlp-shm"
 _SUB_PATHS = ("code", "run", "outputs", "home")
 _READ_ONLY = ("runtime", "inputs")
@@ -106,13 +106,13 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
     name = pod_name(launch.step_run_id)
     shm_size = choose_shm_size(wanted, default=compute.shm_size, gpus=gpus, memory=memory)
     mounts: list[Json] = [
-        {"name": _WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part} for part in _SUB_PATHS
+        {"name": WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part} for part in _SUB_PATHS
     ]
     mounts += [
-        {"name": _WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part, "readOnly": True}
+        {"name": WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part, "readOnly": True}
         for part in _READ_ONLY
     ]
-    volumes: list[Json] = [{"name": _WORKSPACE, "emptyDir": {}}]
+    volumes: list[Json] = [{"name": WORKSPACE, "emptyDir": {}}]
     if shm_size is not None:
         volumes.append({"name": _SHM, "emptyDir": {"medium": "Memory", "sizeLimit": str(shm_size)}})
         mounts.append({"name": _SHM, "mountPath": "/dev/shm"})  # noqa: S108 - where it has to be
@@ -175,21 +175,26 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
     )
 
 
-def secret_manifest(spec: PodSpec, pod: Mapping[str, Any]) -> Json:
-    """Return the Secret with the step's secrets. It belongs to the pod: the cluster removes both."""
+def secret_manifest(spec: PodSpec, owner: Mapping[str, Any]) -> Json:
+    """Return the Secret with the step's secrets. It belongs to the pod or the Job: the cluster removes both."""
     values = [value.encode("utf-8", "surrogateescape") for value in spec.secrets.values()]
-    meta = pod["metadata"]
-    owner = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
     return {
         "apiVersion": "v1",
         "kind": "Secret",
         "metadata": {
             "name": spec.name,
             "labels": spec.manifest["metadata"]["labels"],
-            "ownerReferences": [owner],
+            "ownerReferences": [owner_reference(owner)],
         },
         "data": {str(n): base64.b64encode(value).decode() for n, value in enumerate(values)},
     }
+
+
+def owner_reference(owner: Mapping[str, Any]) -> Json:
+    """Return what makes an object go with its owner, a pod or a Job as the cluster has it."""
+    meta = owner["metadata"]
+    version, kind = owner.get("apiVersion", "v1"), owner.get("kind", "Pod")
+    return {"apiVersion": version, "kind": kind, "name": meta["name"], "uid": meta["uid"]}
 
 
 def _variables(launch: StepLaunch, secret: str, uid: int) -> list[Json]:
@@ -274,7 +279,7 @@ def _helper(
         "command": [SHELL, "-c", script],
         "workingDir": ROOT,
         "resources": _HELPER_RESOURCES,
-        "volumeMounts": [{"name": _WORKSPACE, "mountPath": ROOT}],
+        "volumeMounts": [{"name": WORKSPACE, "mountPath": ROOT}],
         "securityContext": dict(security),
     }
 

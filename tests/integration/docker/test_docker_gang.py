@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import textwrap
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,9 +13,8 @@ import pytest
 from airflow_mlpipelines.compute.docker import DockerLauncher
 from airflow_mlpipelines.definition.graph import DockerComputeSpec, ResourcesSpec
 from airflow_mlpipelines.exceptions import StepFailedError
-from airflow_mlpipelines.runtime.stage import stage_runtime
+from tests.gangs import COUNT, FAIL_AT_3, HOG_AT_1, TELL_SECRET, WAIT, launch_fields, make_mpi_image
 from tests.integration.docker.conftest import IMAGE, DockerStep, docker_cli, wait_until
-from tests.parts import missing
 from tests.unit.runtime.test_gang import ALL_REDUCE, MPI_REDUCE
 
 if TYPE_CHECKING:
@@ -27,47 +23,12 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.compute.base import StepLaunch
 
 pytestmark = pytest.mark.docker
-MPI_IMAGE = "mlpipelines-tests/mpi:1"
-MPI_DOCKERFILE = f"""
-FROM {IMAGE}
-RUN apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \\
-    openmpi-bin python3-mpi4py && rm -rf /var/lib/apt/lists/*
-"""
-WAIT = """
-    import os, time
-    print("begun", flush=True)
-    time.sleep(600)
-    """
 
 
-def gang(
-    step: DockerStep,
-    script: str,
-    *arguments: str,
-    nodes: int = 2,
-    processes: int = 1,
-    framework: str = "pytorch",
-    servers: int = 0,
-    **changes: Any,
-) -> StepLaunch:
-    """Return the launch of a script on several nodes, as a step with ``distributed=`` has it."""
-    (step.stage.code / "work.py").write_text(textwrap.dedent(script))
-    spec = {
-        "framework": framework,
-        "nodes": nodes,
-        "processes_per_node": processes,
-        "parameter_servers": servers,
-    }
-    module = "airflow_mlpipelines.runtime.gang"
-    argv = ("python3", "-m", module, json.dumps(spec), "--", "python3", "work.py", *arguments)
-    env = {
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": "/mlp/runtime",
-        "MLP_RUN_DIR": "/mlp/run",
-        **changes.pop("env", {}),
-    }
-    stage = replace(step.stage, runtime=stage_runtime(step.root / "runtime"))
-    return step.launch(*argv, env=env, nodes=nodes, stage=stage, **changes)
+def gang(step: DockerStep, script: str, **fields: Any) -> StepLaunch:
+    """Return the launch of a script on several nodes."""
+    argv, launch = launch_fields(step.stage, step.root, script, **fields)
+    return step.launch(*argv, **launch)
 
 
 def networks(step: DockerStep) -> list[str]:
@@ -92,15 +53,7 @@ def _no_network_left(step: DockerStep) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def mpi_image(image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     assert image
-    if not docker_cli("images", "-q", MPI_IMAGE):
-        folder = tmp_path_factory.mktemp("mpi")
-        (folder / "Dockerfile").write_text(MPI_DOCKERFILE)
-        build = ["docker", "build", "-q", "--network", "host", "-t", MPI_IMAGE, str(folder)]
-        env = {**os.environ, "DOCKER_BUILDKIT": "0"}
-        done = subprocess.run(build, env=env, capture_output=True, text=True, timeout=400)
-        if done.returncode != 0:
-            missing(f"no image with MPI can be built: {done.stderr[-500:]}")
-    return MPI_IMAGE
+    return make_mpi_image(tmp_path_factory.mktemp("mpi"))
 
 
 def test_ranks_of_several_containers_find_each_other_by_pytorch_s_variables(
@@ -176,15 +129,9 @@ def test_an_mpi_rank_that_fails_on_another_node_ends_all(step: DockerStep, mpi_i
 
 
 def test_a_rank_that_fails_ends_the_gang_and_its_log_is_in_the_error(step: DockerStep) -> None:
-    script = """
-        import os, sys, time
-        if os.environ["RANK"] == "3":
-            sys.exit("out of data")
-        time.sleep(600)
-        """
     started = time.monotonic()
     with pytest.raises(StepFailedError, match="node 1 of 3: exit code 1") as caught:
-        step.run(gang(step, script, nodes=3, processes=2))
+        step.run(gang(step, FAIL_AT_3, nodes=3, processes=2))
 
     assert time.monotonic() - started < 60
     assert caught.value.exit_code == 1
@@ -208,27 +155,17 @@ def test_a_node_that_is_lost_ends_the_gang(step: DockerStep) -> None:
 
 
 def test_a_node_without_enough_memory_is_named_with_its_limit(step: DockerStep) -> None:
-    script = """
-        import os, time
-        if os.environ["RANK"] == "1":
-            hog = b"x" * (200 << 20)
-        time.sleep(600)
-        """
     resources = ResourcesSpec(memory=64 << 20)
     with pytest.raises(
         StepFailedError, match="node 1 of 2: killed because it needed more"
     ) as caught:
-        step.run(gang(step, script, resources=resources))
+        step.run(gang(step, HOG_AT_1, resources=resources))
     assert not caught.value.retryable
     assert_nothing_left(step)
 
 
 def test_secrets_reach_every_node_and_the_gang_s_own_reaches_no_program(step: DockerStep) -> None:
-    script = """
-        import os
-        print("secret", os.environ["PASSWORD"][::-1], "MLP_GANG_TOKEN" in os.environ)
-        """
-    lines = step.run(gang(step, script, secrets={"PASSWORD": "drowssap"}))
+    lines = step.run(gang(step, TELL_SECRET, secrets={"PASSWORD": "drowssap"}))
     assert sorted(line for line in lines if "secret" in line) == [
         "[rank 0] secret password False",
         "[rank 1] secret password False",
@@ -236,13 +173,7 @@ def test_secrets_reach_every_node_and_the_gang_s_own_reaches_no_program(step: Do
 
 
 def test_a_retry_adopts_all_containers_of_a_killed_worker(step: DockerStep) -> None:
-    script = """
-        import time
-        for i in range(60):
-            print("line", i, flush=True)
-            time.sleep(0.1)
-        """
-    launch = gang(step, script)
+    launch = gang(step, COUNT)
     step.run_in_worker(launch)
     wait_until(lambda: "[rank 1] line 5" in step.worker_log, "the worker logs")
     worker = step.workers[-1]
@@ -259,7 +190,7 @@ def test_a_retry_adopts_all_containers_of_a_killed_worker(step: DockerStep) -> N
 
     for rank in range(2):
         own = [line for line in lines if line.startswith(f"[rank {rank}]")]
-        assert own == [f"[rank {rank}] line {i}" for i in range(60)]
+        assert own == [f"[rank {rank}] line {i}" for i in range(40)]
     assert_nothing_left(step)
 
 
