@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-from
-EXTRAS := docker,kubernetes,s3,sftp,http,postgres,celery,demo
+EXTRAS := docker,kubernetes,s3,gcs,azure,sftp,http,postgres,celery,demo
 # Some machines forbid Python to write bytecode; an uncompiled Airflow is slow in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -38,7 +38,7 @@ format: $(STAMP) ## Put the code into its form
 bench: $(STAMP) ## Measure; each figure stands beside a baseline of the same run
 	$(BIN)/python tests/benchmarks/run.py
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode \

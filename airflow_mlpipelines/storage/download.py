@@ -20,7 +20,7 @@ from airflow_mlpipelines.storage.parts import (
     carry_all,
     cut,
 )
-from airflow_mlpipelines.storage.s3_requests import NotServedError, find_requests
+from airflow_mlpipelines.storage.s3_objects import NotServedError, find_objects
 from airflow_mlpipelines.storage.trees import combine_files, digest_file
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class _Download:
         self._kind = kind
         self._target = target
         self._journal = journal
-        self._requests = find_requests(store)
+        self._objects = find_objects(store)
         # Where a file is one stream, as with SFTP, parts of it would each be opened anew.
         self._in_parts = store.protocol.whole_objects and store.protocol.ranges
         self._stop = threading.Event()
@@ -107,7 +107,7 @@ class _Download:
         for part, is_here in zip(parts, here, strict=True):
 
             def bring(part: Part = part, is_here: bool = is_here) -> None:
-                data: bytes | bytearray | None = _read_local(local, part) if is_here else None
+                data: bytes | memoryview | None = _read_local(local, part) if is_here else None
                 if data is None:
                     data = self._read(file, remote, part)
                     _write_local(local, part, data)
@@ -117,16 +117,16 @@ class _Download:
 
             yield bring
 
-    def _read(self, file: RemoteFile, remote: str, part: Part) -> bytes | bytearray:
+    def _read(self, file: RemoteFile, remote: str, part: Part) -> bytes | memoryview:
         """Return a part of a remote file."""
         if not part.size:
             return b""
         whole = part.size == file.size
-        if self._requests is not None:
+        if self._objects is not None:
             kind, _, etag = (file.version or "").partition("=")
             try:
                 wanted = etag if kind.lower() == "etag" else None
-                return self._requests.read(remote, part, whole=whole, etag=wanted)
+                return self._objects.read(remote, part, whole=whole, etag=wanted)
             except NotServedError:
                 if self._stop.is_set():
                     raise StoppedError("stopped") from None
@@ -159,7 +159,7 @@ def _read_local(local: str, part: Part) -> bytes | None:
     return data if len(data) == part.size else None
 
 
-def _write_local(local: str, part: Part, data: bytes | bytearray) -> None:
+def _write_local(local: str, part: Part, data: bytes | memoryview) -> None:
     handle = os.open(local, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         view, at = memoryview(data), part.start

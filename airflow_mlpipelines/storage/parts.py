@@ -64,7 +64,7 @@ class OrderedDigest:
         self._turn = threading.Condition()
         self._stop = stop
 
-    def add(self, number: int, data: bytes | bytearray) -> int:
+    def add(self, number: int, data: bytes | memoryview) -> int:
         """Take in a part, once those before it have been; return how many have been then.
 
         Whoever carries parts in the order in which they were given out waits for others, never for itself.

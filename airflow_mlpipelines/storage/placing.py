@@ -53,41 +53,56 @@ def place(blob: Path, target: Path, *, link: bool) -> None:
     put = _link if link else copy_file
     target.parent.mkdir(parents=True, exist_ok=True)
     if blob.is_dir():
-        shutil.copytree(blob, target, symlinks=True, copy_function=_taking_text(put))
+        _place_tree(os.fspath(blob), os.fspath(target), put)
     else:
-        put(blob, target)
+        put(os.fspath(blob), os.fspath(target))
 
 
-def copy_file(source: Path, target: Path) -> None:
+def _place_tree(blob: str, target: str, put: Callable[[str, str], None]) -> None:
+    os.mkdir(target)  # noqa: PTH102 - thousands of names, here and below
+    with os.scandir(blob) as members:
+        for member in members:
+            place = f"{target}/{member.name}"
+            if member.is_symlink():
+                os.symlink(os.readlink(member.path), place)  # noqa: PTH115, PTH211
+            elif member.is_dir():
+                _place_tree(member.path, place, put)
+            else:
+                put(member.path, place)
+
+
+def copy_file(source: str, target: str) -> None:
     """Copy a file with its rights, sharing the blocks where the file system can."""
     if not _clone(source, target):
         shutil.copyfile(source, target)
     shutil.copymode(source, target)
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: str, target: str) -> None:
     try:
-        target.hardlink_to(source)
+        os.link(source, target)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP):
             raise
         copy_file(source, target)
 
 
-def _clone(source: Path, target: Path) -> bool:
+_without_clones: set[tuple[int, int]] = set()
+"""The pairs of file systems between which none could be made: to ask for each file costs as much as to copy it."""
+
+
+def _clone(source: str, target: str) -> bool:
     """Make ``target`` a clone and return True; False where the file system has none, or it is another."""
-    with source.open("rb") as original, target.open("wb") as made:
-        try:
-            fcntl.ioctl(made.fileno(), _CLONE, original.fileno())
-        except OSError:
+    with open(source, "rb", buffering=0) as original:  # noqa: PTH123
+        parent = os.stat(os.path.dirname(target))  # noqa: PTH116, PTH120
+        pair = os.fstat(original.fileno()).st_dev, parent.st_dev
+        if pair in _without_clones:
             return False
+        with open(target, "wb", buffering=0) as made:  # noqa: PTH123
+            try:
+                fcntl.ioctl(made.fileno(), _CLONE, original.fileno())
+            except OSError as error:
+                if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL):
+                    _without_clones.add(pair)
+                return False
     return True
-
-
-def _taking_text(put: Callable[[Path, Path], None]) -> Callable[[str, str], None]:
-    from pathlib import Path
-
-    def put_text(source: str, target: str) -> None:
-        put(Path(source), Path(target))
-
-    return put_text

@@ -26,7 +26,7 @@ from airflow_mlpipelines.storage.parts import (
     carry_all,
     cut,
 )
-from airflow_mlpipelines.storage.s3_requests import NotServedError, find_requests
+from airflow_mlpipelines.storage.s3_objects import NotServedError, find_objects
 from airflow_mlpipelines.storage.trees import digest_file
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from airflow_mlpipelines.storage.listing import RemoteFile
-    from airflow_mlpipelines.storage.s3_requests import S3Requests
+    from airflow_mlpipelines.storage.s3_objects import S3Objects
     from airflow_mlpipelines.storage.stores import Store
 
 _MOST_PARTS = 9000
@@ -79,7 +79,7 @@ class _Upload:
         self._store = store
         self._path = path
         self._present = present
-        self._requests = find_requests(store)
+        self._objects = find_objects(store)
         self._stop = threading.Event()
         self._digests: dict[str, bytes] = {}
 
@@ -87,7 +87,7 @@ class _Upload:
         largest = max(file.stat().st_size for file in files.values())
         part_size = max(PART, -(-largest // _MOST_PARTS))
         unfinished: dict[str, list[str]] = {}
-        if self._requests is not None and largest > part_size:
+        if self._objects is not None and largest > part_size:
             unfinished = _list_unfinished(self._store, self._store.remote_path(self._path))
         jobs = self._jobs(files, part_size, unfinished)
         carry_all(jobs, threads=max(1, min(THREADS, THREADS * PART // part_size)), stop=self._stop)
@@ -96,15 +96,15 @@ class _Upload:
     def _jobs(
         self, files: Mapping[str, Path], part_size: int, unfinished: Mapping[str, Sequence[str]]
     ) -> Iterator[Callable[[], None]]:
-        requests = self._requests
+        objects = self._objects
         for name, file in files.items():
             remote = self._store.remote_path(_join(self._path, name))
-            if requests is None:
+            if objects is None:
                 yield partial(self._send_whole, name, file, remote)
                 continue
             parts = cut(file.stat().st_size, part_size)
             if len(parts) == 1:
-                yield partial(self._send_small, requests, name, file, remote)
+                yield partial(self._send_small, objects, name, file, remote)
                 continue
             sending = _LargeFile(self._store, remote, file, parts, self._stop)
             known = self._present.get(name)
@@ -113,7 +113,7 @@ class _Upload:
                 continue
             sending.begin(unfinished.get(remote.partition("/")[2], ()))
             for part in parts:
-                yield partial(self._send_part, requests, name, sending, part)
+                yield partial(self._send_part, name, sending, part)
 
     def _send_whole(self, name: str, file: Path, remote: str) -> None:
         digest = digest_file(os.fsencode(file))
@@ -121,35 +121,26 @@ class _Upload:
             self._store.filesystem.put_file(str(file), place)
         self._digests[name] = digest
 
-    def _send_small(self, requests: S3Requests, name: str, file: Path, remote: str) -> None:
+    def _send_small(self, objects: S3Objects, name: str, file: Path, remote: str) -> None:
         from blake3 import blake3
 
         data = _read_local(file, Part(0, 0, file.stat().st_size))
         known = self._present.get(name)
         if known is None or not _is_same(known, data):
             try:
-                requests.write(remote, data, content_type=_guess_type(name))
+                objects.write(remote, data, content_type=_guess_type(name))
             except NotServedError:
-                self._raise_if_stopped()
+                if self._stop.is_set():
+                    raise StoppedError("stopped") from None
                 self._store.filesystem.put_file(str(file), remote)
         self._digests[name] = blake3(data).digest()
 
-    def _send_part(self, requests: S3Requests, name: str, sending: _LargeFile, part: Part) -> None:
+    def _send_part(self, name: str, sending: _LargeFile, part: Part) -> None:
         data = _read_local(sending.file, part)
-        etag = sending.find(part, data)
-        if etag is None:
-            try:
-                etag = requests.write(sending.remote, data, query=sending.query(part))
-            except NotServedError:
-                self._raise_if_stopped()
-                etag = sending.send_slowly(part, data)
+        etag = sending.find(part, data) or sending.send(part, data)
         digest = sending.finish(part, data, etag)
         if digest is not None:
             self._digests[name] = digest
-
-    def _raise_if_stopped(self) -> None:
-        if self._stop.is_set():
-            raise StoppedError("stopped")
 
 
 class _LargeFile:
@@ -207,10 +198,6 @@ class _LargeFile:
                 return found
             marker = page["NextPartNumberMarker"]
 
-    def query(self, part: Part) -> dict[str, str]:
-        """Return what a request to send the part says of it."""
-        return {"partNumber": str(part.number + 1), "uploadId": self._upload_id}
-
     def find(self, part: Part, data: bytes) -> str | None:
         """Return the etag of the part if the server has it with these bytes."""
         sent = self._sent.get(part.number + 1)
@@ -218,8 +205,8 @@ class _LargeFile:
             return None
         return sent.etag
 
-    def send_slowly(self, part: Part, data: bytes) -> str:
-        """Send a part through s3fs, which tries again and knows what may go wrong."""
+    def send(self, part: Part, data: bytes) -> str:
+        """Send a part and return its etag."""
         numbered = {"PartNumber": part.number + 1, "UploadId": self._upload_id}
         return str(self._call("upload_part", Body=data, **numbered)["ETag"])
 

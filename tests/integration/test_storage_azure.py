@@ -10,6 +10,8 @@ import socket
 import subprocess
 import threading
 import time
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,7 @@ from airflow_mlpipelines.storage.transfer import (
     pin_external,
 )
 from airflow_mlpipelines.storage.trees import digest_tree
+from tests.parts import missing
 
 pytestmark = pytest.mark.azure
 
@@ -37,13 +40,23 @@ KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr
 _numbers = itertools.count()
 
 
+def find_azurite():
+    """Return the program, as ``.ci/azurite.sh`` leaves it or as it is on the PATH."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlpipelines-tests"
+    installed = sorted(caches.glob("azurite-*/node_modules/.bin/azurite-blob"))
+    return str(installed[-1]) if installed else shutil.which("azurite-blob")
+
+
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory):
-    """The address of a running Azurite. An npm package, which CI need not have."""
-    program = shutil.which("azurite-blob")
+    """The address of a running Azurite."""
+    program = find_azurite()
     if program is None:
-        pytest.skip("no azurite-blob: npm install azurite, and put it on the PATH")
-    pytest.importorskip("adlfs", reason="pip install 'airflow-mlpipelines[azure]'")
+        missing(
+            "no azurite-blob: .ci/azurite.sh installs it, or npm install azurite puts it on the PATH"
+        )
+    if find_spec("adlfs") is None:
+        missing("no adlfs: pip install 'airflow-mlpipelines[azure]'")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     directory = tmp_path_factory.mktemp("azurite")
@@ -53,11 +66,12 @@ def endpoint(tmp_path_factory):
         "--location",
         str(directory),
         "--silent",
+        "--disableTelemetry",
         "--skipApiVersionCheck",
     ]
     process = subprocess.Popen([program, *words], start_new_session=True)
     try:
-        for _ in range(100):
+        for _ in range(300):
             with socket.socket() as client:
                 if client.connect_ex(("127.0.0.1", port)) == 0:
                     break

@@ -116,17 +116,17 @@ def member(name, kind=tarfile.REGTYPE, link="", size=0):
 @pytest.mark.parametrize(
     "data",
     [
-        archive(member("../out")),
-        archive(member("/etc/cron.d/x")),
-        archive(member("a/../../out")),
-        archive(member("link", tarfile.SYMTYPE, "/etc")),
-        archive(member("hard", tarfile.LNKTYPE, "/etc/passwd")),
-        archive(member("dev", tarfile.CHRTYPE)),
-        archive(member("pipe", tarfile.FIFOTYPE)),
-        archive(member("twice"), member("twice")),
-        archive(member("a", size=10))[:-20],
-        b"no archive at all",
-        gzip.compress(b"no tar"),
+        pytest.param(archive(member("../out")), id="climbs out"),
+        pytest.param(archive(member("/etc/cron.d/x")), id="absolute"),
+        pytest.param(archive(member("a/../../out")), id="climbs out further down"),
+        pytest.param(archive(member("link", tarfile.SYMTYPE, "/etc")), id="symbolic link"),
+        pytest.param(archive(member("hard", tarfile.LNKTYPE, "/etc/passwd")), id="hard link"),
+        pytest.param(archive(member("dev", tarfile.CHRTYPE)), id="device"),
+        pytest.param(archive(member("pipe", tarfile.FIFOTYPE)), id="pipe"),
+        pytest.param(archive(member("twice"), member("twice")), id="twice the same name"),
+        pytest.param(archive(member("a", size=10))[:-20], id="cut short"),
+        pytest.param(b"no archive at all", id="no archive"),
+        pytest.param(gzip.compress(b"no tar"), id="compressed, no archive"),
     ],
 )
 def test_a_hostile_or_damaged_archive_is_refused(tmp_path, data):
