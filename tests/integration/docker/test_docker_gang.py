@@ -245,18 +245,18 @@ def test_gpus_of_a_gang_are_kept_apart_and_a_daemon_without_any_leaves_nothing(
     from docker import APIClient
 
     asked: list[Any] = []
-    start = APIClient.start
+    create = APIClient.create_container
 
-    def note(self: APIClient, container: str) -> None:
-        asked.append(self.inspect_container(container)["HostConfig"]["DeviceRequests"])
-        start(self, container)
+    def note(self: APIClient, *arguments: Any, **fields: Any) -> Any:
+        asked.append(fields["host_config"]["DeviceRequests"])
+        return create(self, *arguments, **fields)
 
-    monkeypatch.setattr(APIClient, "start", note)
+    monkeypatch.setattr(APIClient, "create_container", note)
     step.compute = DockerComputeSpec(name="d", image=IMAGE, gpus=4)
     with pytest.raises(StepFailedError, match="no GPU runtime"):
         step.run(gang(step, WAIT, resources=ResourcesSpec(gpus=2)))
 
-    assert asked[0][0]["DeviceIDs"] == ["0", "1"]
+    assert [requests[0]["DeviceIDs"] for requests in asked] == [["0", "1"], ["2", "3"]]
     assert_nothing_left(step)
     step.compute = DockerComputeSpec(name="d", image=IMAGE, gpus=("GPU-a", "GPU-b", "GPU-c"))
     with pytest.raises(StepFailedError, match="2 GPUs on each of 2 nodes, but compute 'd' has 3"):
