@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.container_layout import LABEL_PREFIX, STEP_RUN_LABEL
 from airflow_mlpipelines.compute.docker.container import (
-    BindMount,
     make_container,
-    needs_home,
     prepare_directories,
 )
 from airflow_mlpipelines.compute.docker.daemon import (
@@ -45,11 +43,6 @@ NODES_LABEL = f"{LABEL_PREFIX}nodes"
 WAIT_SECONDS = 300
 """How long nodes wait for each other. They start within seconds; a machine may be very busy."""
 _TOKEN_BYTES = 32
-_USERS = (
-    "root:x:0:0:root:/root:/bin/sh\n"
-    "nobody:x:65534:65534:nobody:/:/bin/false\n"
-    "mlp:x:{uid}:{gid}::{home}:/bin/sh\n"
-)
 _NO_ADDRESSES = "non-overlapping"
 
 
@@ -63,10 +56,6 @@ def plan_nodes(
     """
     hosts = [f"node-{node}" for node in range(launch.nodes)]
     token = secrets.token_hex(_TOKEN_BYTES)
-    mounts = spec.mounts
-    if needs_home(spec.user):
-        passwd = launch.stage.root / "passwd"
-        mounts = (*mounts, BindMount(str(passwd), "/etc/passwd", read_only=True))
     return tuple(
         replace(
             spec,
@@ -76,7 +65,6 @@ def plan_nodes(
                 GANG: json.dumps({"node": node, "hosts": hosts, "wait_seconds": WAIT_SECONDS}),
             },
             secrets={**spec.secrets, TOKEN: token},
-            mounts=mounts,
             labels={**spec.labels, NODE_LABEL: str(node), NODES_LABEL: str(launch.nodes)},
             gpu_ids=_share_of_gpus(spec, launch, compute, node),
             network=spec.name,
@@ -129,7 +117,6 @@ def start_nodes(
     from docker.errors import APIError
 
     uid = prepare_directories(client, launch, specs[0])
-    _write_passwd(launch, specs[0], uid)
     spec = specs[0]
     containers: list[str] = []
     try:
@@ -200,16 +187,3 @@ def _share_of_gpus(
             retryable=False,
         )
     return every[node * spec.gpus : (node + 1) * spec.gpus]
-
-
-def _write_passwd(launch: StepLaunch, spec: ContainerSpec, uid: int) -> None:
-    """Give a user that the image does not know a name: Open MPI starts nothing for a mere number."""
-    if needs_home(spec.user):
-        gid = spec.user.partition(":")[2]
-        path = launch.stage.root / "passwd"
-        home = spec.env.get("HOME", "/")
-        path.write_text(
-            _USERS.format(uid=uid, gid=gid if gid.isdecimal() else uid, home=home),
-            encoding="utf-8",
-        )
-        path.chmod(0o644)

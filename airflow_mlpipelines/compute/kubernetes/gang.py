@@ -29,8 +29,6 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
 from airflow_mlpipelines.compute.kubernetes.pod import (
     OWNER,
     QUEUE_LABEL,
-    STEP,
-    WORKSPACE,
     label_value,
     owner_reference,
     pod_name,
@@ -52,12 +50,6 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 Pods = list[dict[str, Any]]
 INDEX = "batch.kubernetes.io/job-completion-index"
-PASSWD = ".passwd"  # noqa: S105 - a file's name
-_USERS = (
-    "root:x:0:0:root:/root:/bin/sh\n"
-    "nobody:x:65534:65534:nobody:/:/bin/false\n"
-    "mlp:x:{uid}:{gid}::{home}:/bin/sh\n"
-)
 _TOKEN_BYTES = 32
 _KEPT_SECONDS = 3600
 """How long the cluster keeps a Job that has ended while no worker was there."""
@@ -108,10 +100,6 @@ def plan_gang(pod: PodSpec, launch: StepLaunch) -> GangSpec:
     queue = {key: value for key, value in meta["labels"].items() if key == QUEUE_LABEL}
     labels = {key: value for key, value in meta["labels"].items() if key not in queue}
     template = {**pod.manifest["spec"], "subdomain": pod.name}
-    if pod.uid:
-        template["containers"] = [
-            _with_users(each) if each["name"] == STEP else each for each in template["containers"]
-        ]
     job: Json = {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -134,14 +122,6 @@ def plan_gang(pod: PodSpec, launch: StepLaunch) -> GangSpec:
         },
     }
     return GangSpec(pod=pod, nodes=launch.nodes, job=job)
-
-
-def write_users(launch: StepLaunch, pod: PodSpec) -> None:
-    """Give a user that the image does not know a name: Open MPI starts nothing for a mere number."""
-    if pod.uid:
-        home = launch.env.get("HOME", "/")
-        text = _USERS.format(uid=pod.uid, gid=pod.gid, home=home)
-        (launch.stage.run / PASSWD).write_text(text, encoding="utf-8")
 
 
 def create_gang(cluster: Cluster, spec: GangSpec, token: str) -> Json:
@@ -311,13 +291,3 @@ def explain_missing_pods(cluster: Cluster, job: Mapping[str, Any]) -> str:
     except ClusterError:  # it need not be allowed
         events = ()
     return str(events[-1].get("message")) if events else "the cluster says nothing"
-
-
-def _with_users(container: Json) -> Json:
-    mount = {
-        "name": WORKSPACE,
-        "mountPath": "/etc/passwd",
-        "subPath": f"run/{PASSWD}",
-        "readOnly": True,
-    }
-    return {**container, "volumeMounts": [*container["volumeMounts"], mount]}

@@ -20,7 +20,6 @@ from airflow_mlpipelines.compute.kubernetes.gang import (
     create_gang,
     discard_gang,
     find_gang,
-    write_users,
 )
 from airflow_mlpipelines.compute.kubernetes.gang_files import merge_node, stage_of_node
 from airflow_mlpipelines.compute.kubernetes.gang_start import at_node, await_pods
@@ -103,7 +102,6 @@ class GangAttendant:
             log.info("Job %s in namespace %s", spec.name, cluster.namespace)
             create_belongings(cluster, spec, job)
             pods = self._await(lambda pod: container_state(pod, STAGE)[0] == "running")
-            write_users(self._launch, spec.pod)
             in_parallel(self._deliver, pods)
         except BaseException:
             with suppress(ClusterError):

@@ -33,7 +33,7 @@ OWNER = f"{LABEL_PREFIX}owner"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 DEFAULT_UID = 1000
 """Whom a step runs as where the worker is root, whom a pod should not be."""
-WORKSPACE = "mlp-workspace"
+_WORKSPACE = "mlp-workspace"
 _SHM = "mlp-shm"
 _SUB_PATHS = ("code", "run", "outputs", "home")
 _READ_ONLY = ("runtime", "inputs")
@@ -106,13 +106,13 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
     name = pod_name(launch.step_run_id)
     shm_size = choose_shm_size(wanted, default=compute.shm_size, gpus=gpus, memory=memory)
     mounts: list[Json] = [
-        {"name": WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part} for part in _SUB_PATHS
+        {"name": _WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part} for part in _SUB_PATHS
     ]
     mounts += [
-        {"name": WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part, "readOnly": True}
+        {"name": _WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part, "readOnly": True}
         for part in _READ_ONLY
     ]
-    volumes: list[Json] = [{"name": WORKSPACE, "emptyDir": {}}]
+    volumes: list[Json] = [{"name": _WORKSPACE, "emptyDir": {}}]
     if shm_size is not None:
         volumes.append({"name": _SHM, "emptyDir": {"medium": "Memory", "sizeLimit": str(shm_size)}})
         mounts.append({"name": _SHM, "mountPath": "/dev/shm"})  # noqa: S108 - where it has to be
@@ -279,7 +279,7 @@ def _helper(
         "command": [SHELL, "-c", script],
         "workingDir": ROOT,
         "resources": _HELPER_RESOURCES,
-        "volumeMounts": [{"name": WORKSPACE, "mountPath": ROOT}],
+        "volumeMounts": [{"name": _WORKSPACE, "mountPath": ROOT}],
         "securityContext": dict(security),
     }
 
