@@ -1,12 +1,10 @@
-# Airflow with this package, for docker-compose.yml.
-FROM apache/airflow:3.3.2-python3.12
+# Airflow with this package: for docker-compose.yml, and for the official Helm chart.
+ARG PYTHON_VERSION=3.12
+FROM apache/airflow:3.3.2-python${PYTHON_VERSION}
 
-USER root
-RUN apt-get update && apt-get install -y --no-install-recommends curl && rm -rf /var/lib/apt/lists/*
-USER airflow
-
-COPY --chown=airflow pyproject.toml README.md constraints.txt /opt/build/
-COPY --chown=airflow airflow_mlpipelines /opt/build/airflow_mlpipelines
-COPY --chown=airflow dags /opt/build/dags
+COPY --chown=airflow:0 pyproject.toml README.md constraints.txt /opt/build/
+COPY --chown=airflow:0 airflow_mlpipelines /opt/build/airflow_mlpipelines
+COPY --chown=airflow:0 dags /opt/build/dags
 RUN pip install --no-cache-dir --constraint /opt/build/constraints.txt \
-    "/opt/build[docker,s3,postgres,celery,demo]" && python -m compileall -q "$(python -c 'import airflow; print(airflow.__path__[0])')"
+    "/opt/build[docker,kubernetes,s3,postgres,celery]" \
+    && python -m compileall -q "$(python -c 'import airflow; print(airflow.__path__[0])')"

@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-from
 EXTRAS := docker,kubernetes,s3,gcs,azure,sftp,http,postgres,celery,demo
+AGENT_IMAGE ?= mlpipelines-agent:0.1.0
 # Some machines forbid Python to write bytecode; an uncompiled Airflow is slow in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test lint format bench constraints clean
+.PHONY: help demo up down test lint format bench agent constraints clean
 
 help: ## Show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -37,6 +38,9 @@ format: $(STAMP) ## Put the code into its form
 
 bench: $(STAMP) ## Measure; each figure stands beside a baseline of the same run
 	$(BIN)/python tests/benchmarks/run.py
+
+agent: ## Build the image of the agent for Kubernetes computes, under the name AGENT_IMAGE
+	docker build --file images/agent/Dockerfile --tag $(AGENT_IMAGE) .
 
 $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)

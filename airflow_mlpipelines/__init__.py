@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.definition.parameters import PipelineParameter
     from airflow_mlpipelines.definition.pipeline import Pipeline
     from airflow_mlpipelines.definition.resources import Resources
+    from airflow_mlpipelines.definition.run_configuration import RunConfiguration
     from airflow_mlpipelines.definition.steps import (
         CommandStep,
         PipelineStep,
@@ -57,6 +58,7 @@ __all__ = [
     "PythonScriptStep",
     "Resources",
     "Run",
+    "RunConfiguration",
     "StepSequence",
     "TensorFlow",
     "Workspace",
@@ -85,6 +87,7 @@ _HOMES = {
     "PythonScriptStep": "definition.steps",
     "Resources": "definition.resources",
     "Run": "runtime.run",
+    "RunConfiguration": "definition.run_configuration",
     "StepSequence": "definition.steps",
     "TensorFlow": "definition.distributed",
     "Workspace": "definition.workspace",

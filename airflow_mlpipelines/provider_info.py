@@ -26,7 +26,10 @@ def get_provider_info() -> dict[str, Any]:
         "triggers": [
             {
                 "integration-name": "ML pipelines",
-                "python-modules": ["airflow_mlpipelines.triggers.lease"],
+                "python-modules": [
+                    "airflow_mlpipelines.triggers.lease",
+                    "airflow_mlpipelines.triggers.pod",
+                ],
             }
         ],
         "config": {

@@ -13,10 +13,12 @@ CONFIG_SECTION = "mlpipelines"
 """Our section of Airflow's configuration; its options are listed in ``provider_info.py``."""
 METADATA_OPTION = "metadata_conn_id"
 BLOB_CACHE_OPTION = "blob_cache_size"
+HOME_VARIABLE = "MLPIPELINES_HOME"
 METADATA_URL_VARIABLE = "MLPIPELINES_METADATA_URL"
 ECHO_VARIABLE = "MLPIPELINES_ECHO"
 """Set where a run goes on in a process that a person watches: steps print their lines there."""
 ALLOW_PICKLE_VARIABLE = "MLPIPELINES_ALLOW_PICKLE"
+WORK_VARIABLE = "MLPIPELINES_WORK_DIR"
 GPU_LOCKS_VARIABLE = "MLPIPELINES_GPU_LOCKS"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -27,18 +29,31 @@ def airflow_home() -> Path:
 
 
 def home() -> Path:
-    """Return the directory for this package's data on this machine: ``$AIRFLOW_HOME/mlpipelines``."""
-    return airflow_home() / "mlpipelines"
+    """Return the directory for this package's data on this machine.
+
+    ``$MLPIPELINES_HOME`` if set (in containers that share a Docker daemon: a directory of the host, at the
+    same path in all of them), else ``$AIRFLOW_HOME/mlpipelines``.
+    """
+    override = os.environ.get(HOME_VARIABLE)
+    return Path(override).expanduser().absolute() if override else airflow_home() / "mlpipelines"
 
 
 def work_directory() -> Path:
     """Return where steps get their working directories on this machine.
 
     ``$MLPIPELINES_WORK_DIR`` if set (name one that a Docker daemon on the same host can see), else
-    ``$AIRFLOW_HOME/mlpipelines/work``.
+    ``work`` in :func:`home`. Data that this machine has fetched are linked into it only if it is on the same
+    mount as :func:`home`; else they are copied.
     """
-    override = os.environ.get("MLPIPELINES_WORK_DIR")
+    override = os.environ.get(WORK_VARIABLE)
     return Path(override).expanduser().absolute() if override else home() / "work"
+
+
+def runtime_directory() -> Path:
+    """Return where steps find the runtime package: where their working directories are, if that was chosen."""
+    if os.environ.get(WORK_VARIABLE):
+        return work_directory() / ".runtime"
+    return home() / "runtime"
 
 
 def stat_cache_file() -> Path:

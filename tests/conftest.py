@@ -24,6 +24,11 @@ os.environ["AIRFLOW__CORE__UNIT_TEST_MODE"] = "False"
 os.environ["AIRFLOW__CORE__DAGS_FOLDER"] = f"{_home}/dags"
 os.environ["AIRFLOW__CORE__XCOM_BACKEND"] = "airflow_mlpipelines.xcom.DataReferenceXComBackend"
 os.environ["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] = f"sqlite:///{_home}/airflow.db"
-for _name in ("MLPIPELINES_CONFIG", "MLPIPELINES_METADATA_URL", "AIRFLOW_API_URL"):
+for _name in (
+    "MLPIPELINES_CONFIG",
+    "MLPIPELINES_HOME",
+    "MLPIPELINES_METADATA_URL",
+    "AIRFLOW_API_URL",
+):
     os.environ.pop(_name, None)
 os.makedirs(f"{_home}/dags", exist_ok=True)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.compute.built_images import ImageDefinition
     from airflow_mlpipelines.definition.graph import EnvironmentSpec, ResourcesSpec
+    from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.stores import Store
 
 Emit = Callable[[str], None]
 """Takes one line that the step printed, without its line end, as soon as it is there."""
@@ -35,6 +37,8 @@ class Stage:
         inputs: Each input's name and the file or directory with its data. Not to be written.
         outputs: Each output's name and the path where the process shall make it. Not there yet.
         outputs_root: The directory that all the outputs' paths lie in. Writable.
+        carried: Inputs that are not on this machine, as the compute fetches them by itself: each one's name,
+            and its path below the directory in which the process finds its inputs.
     """
 
     root: Path
@@ -44,6 +48,7 @@ class Stage:
     inputs: Mapping[str, Path]
     outputs: Mapping[str, Path]
     outputs_root: Path
+    carried: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,45 @@ def digest_variables(environment: EnvironmentSpec | None) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class CarriedOutput:
+    """Where the compute commits an output to.
+
+    Attributes:
+        is_directory: What it was declared as; None takes either.
+    """
+
+    store: Store
+    path: str
+    is_directory: bool | None
+
+
+@dataclass(frozen=True)
+class Carriage:
+    """Data that the compute carries between datastores and the step by itself, past the worker.
+
+    Attributes:
+        snapshot: The datastore and the digest of the step's code; None if the stage has the code.
+        inputs: What is fetched, and from where.
+        links: Where links to inputs shall be in the code: each input's name, and ``path_on_compute``. Only with
+            ``snapshot``; else the stage has them.
+        outputs: What is committed, and where to.
+        kept: The datastore and the directory for ``./outputs`` and ``./logs``; None if the worker keeps them.
+        committed: What the compute has committed: the launcher notes it here before its ``run`` returns.
+    """
+
+    snapshot: tuple[Store, str] | None = None
+    inputs: Mapping[str, tuple[Store, Artifact]] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, CarriedOutput] = field(default_factory=dict)
+    kept: tuple[Store, str] | None = None
+    committed: dict[str, Artifact] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to carry."""
+        return bool(self.snapshot or self.inputs or self.outputs or self.kept)
+
+
+@dataclass(frozen=True)
 class StepLaunch:
     """All that a launcher needs to know of one step run.
 
@@ -114,6 +158,10 @@ class StepLaunch:
             same on all, and makes them find each other (:mod:`airflow_mlpipelines.runtime.gang`).
         labels: ``dag_id``, ``run_id``, ``task_id``, ``map_index``, ``try_number``, as text.
         timeout_seconds: The program is killed after this long.
+        carriage: What the compute carries by itself; only what its launcher said it can.
+        detach: Whether the launcher may leave a long program to itself, with :class:`DetachedError`.
+        news: What was found out about a program that was left to itself, as the launcher's trigger told
+            it; None in a try's first worker.
     """
 
     step_run_id: str
@@ -127,6 +175,33 @@ class StepLaunch:
     nodes: int = 1
     timeout_seconds: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    carriage: Carriage = field(default_factory=Carriage)
+    detach: bool = False
+    news: Mapping[str, Any] | None = None
+
+
+class DetachedError(Exception):
+    """The program goes on without this worker: not a failure, but the way out of :meth:`Launcher.run`.
+
+    Attributes:
+        watch: What a trigger needs to wait for it: JSON, without secrets.
+    """
+
+    def __init__(self, watch: dict[str, Any]) -> None:
+        self.watch = watch
+        super().__init__("the program goes on without this worker")
+
+
+class RelaunchError(Exception):
+    """The compute took the program away, and it is to be launched again, with directories made anew.
+
+    Attributes:
+        pause: Seconds to wait before that.
+    """
+
+    def __init__(self, message: str, *, pause: float) -> None:
+        self.pause = pause
+        super().__init__(message)
 
 
 class HandleStore(Protocol):
@@ -156,10 +231,13 @@ class Launcher(ABC):
     """Runs step programs on one compute. One instance serves one step run.
 
     Attributes:
+        carries_files: Whether a program has its files with it, so that going on with one that was found
+            again takes neither code nor inputs on this machine.
         build_guard: Keeps other machines from building what this one is building; None where nobody
             shares what is built.
     """
 
+    carries_files = False
     build_guard: BuildGuard | None = None
 
     def check_resources(self, step: str, resources: ResourcesSpec) -> None:
@@ -221,6 +299,14 @@ class Launcher(ABC):
         del environment, resolved
         return None
 
+    def can_carry(self, store: Store) -> bool:
+        """Return whether the compute itself moves data between ``store`` and a step, past the worker.
+
+        By default it can't: the worker fetches inputs, and commits outputs.
+        """
+        del store
+        return False
+
     def define_image(self, environment: EnvironmentSpec) -> ImageDefinition | None:
         """Return the image that is built for an environment here; None where no image is.
 
@@ -248,10 +334,14 @@ class Launcher(ABC):
     def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
         """Run the program to its end; return only if it ended with exit code 0.
 
-        When this returns or raises, nothing that the program started is running any more. A program
-        that an earlier try launched, and that survived its worker, is adopted or removed first.
+        When this returns or raises, but for the first two errors, nothing that the program started is
+        running any more. A program that an earlier try launched, and that survived its worker, is adopted
+        or removed first.
 
         Raises:
+            DetachedError: It goes on without this worker, as ``launch`` allows.
+            ComputeUnavailableError: The compute does not answer.
+            RelaunchError: The compute took it away. Call this again, with new directories.
             StepFailedError: It ended otherwise; with its exit code and the end of its log.
         """
 

@@ -14,7 +14,7 @@ from filelock import Timeout
 
 from airflow_mlpipelines._digest import digest
 from airflow_mlpipelines.compute.base import ResolvedEnvironment, digest_variables
-from airflow_mlpipelines.compute.environments import environments_directory, exclusive_lock
+from airflow_mlpipelines.compute.environment_locks import environments_directory, exclusive_lock
 from airflow_mlpipelines.compute.recipes import (
     BaseImage,
     base_names,

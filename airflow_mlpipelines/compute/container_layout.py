@@ -38,11 +38,13 @@ def container_paths(stage: Stage, python: str | None) -> ProcessPaths:
         name: posixpath.join(OUTPUTS, path.relative_to(stage.outputs_root).as_posix())
         for name, path in stage.outputs.items()
     }
+    inputs = {name: input_target(name, path) for name, path in stage.inputs.items()}
+    inputs |= {name: posixpath.join(INPUTS, path) for name, path in stage.carried.items()}
     return ProcessPaths(
         code=CODE,
         runtime=RUNTIME,
         run=RUN,
-        inputs={name: input_target(name, path) for name, path in stage.inputs.items()},
+        inputs=inputs,
         outputs=outputs,
         python=python or PYTHON,
     )

@@ -55,6 +55,11 @@ class LineFolder:
             rest = rest[cut:]
         self._rest = rest
 
+    @property
+    def pending(self) -> int:
+        """How many bytes of a line without an end wait for its end."""
+        return len(self._rest)
+
     def finish(self) -> Iterator[str]:
         """Yield the last line of an output that does not end with a line end."""
         rest, self._rest = self._rest, b""

@@ -11,6 +11,7 @@ from airflow_mlpipelines._protocols import find_protocol
 from airflow_mlpipelines.definition.graph import (
     REGENERATE_OUTPUTS,
     DockerComputeSpec,
+    KubernetesComputeSpec,
     LocalComputeSpec,
 )
 from airflow_mlpipelines.definition.resources import count_gpus
@@ -36,6 +37,7 @@ def check_graph(graph: PipelineGraph) -> list[Problem]:
                 checked[place] = list(_check_code(graph.root, *place))
             problems += [replace(problem, step=step.name) for problem in checked[place]]
         problems += _check_compute(step, graph.computes[step.compute])
+        problems += _check_registry(step, graph.computes[step.compute])
         problems += _check_outputs(step, graph)
         problems += _check_numbers(step)
         problems += _check_ignore(step)
@@ -158,6 +160,17 @@ def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
                 f"asks for {what} {wanted}, but compute {compute.name!r} has {limit}",
                 step=step.name,
             )
+
+
+def _check_registry(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
+    is_built = step.environment is not None and step.environment.needs_build
+    if is_built and isinstance(compute, KubernetesComputeSpec) and compute.registry is None:
+        yield Problem(
+            f"its environment has to be built, but no registry is named for the nodes of compute {compute.name!r} to "
+            "pull it from. Write `registry: {url: registry.example.com/team/env, conn_id: …}` into the workspace "
+            "file, or give the environment an image alone.",
+            step=step.name,
+        )
 
 
 def _check_outputs(step: StepSpec, graph: PipelineGraph) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from airflow_mlpipelines.definition.graph import (
     RegistrySpec,
 )
 from airflow_mlpipelines.definition.resources import parse_gpus, parse_size
+from airflow_mlpipelines.definition.shared_volumes import parse_shared_volumes
 from airflow_mlpipelines.exceptions import DefinitionError
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class KubernetesCompute(ComputeTarget):
     Args:
         name: Its name.
         fields: As :class:`~airflow_mlpipelines.definition.graph.KubernetesComputeSpec` has them:
-            ``namespace``, ``image``, ``gpus``, ``gpu_resource``, ``node_selector`` and so on.
+            ``namespace``, ``image``, ``gpus``, ``gpu_resource``, ``node_selector``, ``agent_image``,
+            ``shared_volumes`` and so on.
 
     Raises:
         DefinitionError: A field is unknown or of the wrong type.
@@ -142,6 +144,10 @@ def make_compute_spec(name: str, fields: Mapping[str, Any]) -> ComputeSpec:
     for size in _SIZES:
         if size in values:
             values[size] = parse_size(f"{where}: {size}", values[size])
+    if "shared_volumes" in values:
+        values["shared_volumes"] = parse_shared_volumes(
+            f"{where}: shared_volumes", values["shared_volumes"]
+        )
     if kind in _WITH_GPU_IDS:
         values["gpus"] = parse_gpus(f"{where}: gpus", values.get("gpus"))
     try:

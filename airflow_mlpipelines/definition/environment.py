@@ -13,6 +13,7 @@ from airflow_mlpipelines.exceptions import DefinitionError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+_FROM = re.compile(r"^\s*FROM\s", re.I | re.M)
 _APT_PACKAGE = re.compile(r"^[a-z0-9][a-z0-9+.-]*(:[a-z0-9]+)?(=[A-Za-z0-9.+~:*-]+|/[\w.-]+)?$")
 
 
@@ -69,15 +70,20 @@ class Environment:
         )
 
     @classmethod
+    def from_spec(cls, spec: EnvironmentSpec) -> Environment:
+        """Return the authoring object of an environment's definition."""
+        made = object.__new__(cls)
+        made.spec = spec
+        return made
+
+    @classmethod
     def from_pip_requirements(cls, name: str, file_path: str | Path) -> Environment:
         """Return an environment of the requirements in a file; empty lines and comments are left out.
 
         Raises:
             DefinitionError: The file is not there.
         """
-        text = _read(f"environment {name!r}", Path(file_path))
-        lines = [line.split(" #")[0].strip() for line in text.splitlines()]
-        return cls(name, pip=[line for line in lines if line and not line.startswith("#")])
+        return cls(name, pip=_read_requirements(f"environment {name!r}", Path(file_path)))
 
     @classmethod
     def from_conda_specification(cls, name: str, file_path: str | Path) -> Environment:
@@ -89,18 +95,76 @@ class Environment:
         return cls(name, conda=Path(file_path))
 
     @classmethod
-    def from_docker_image(cls, name: str, image: str) -> Environment:
-        """Return an environment that is an image."""
-        return cls(name, image=image)
-
-    @classmethod
-    def from_dockerfile(cls, name: str, dockerfile: str | Path) -> Environment:
-        """Return an environment whose image is built from a Dockerfile.
+    def from_docker_image(
+        cls,
+        name: str,
+        image: str,
+        *,
+        conda_specification: str | Path | None = None,
+        pip_requirements: str | Path | None = None,
+    ) -> Environment:
+        """Return an environment that is an image, with the packages of a conda or a requirements file on it.
 
         Raises:
-            DefinitionError: The file is not there.
+            DefinitionError: A file is not there, or both are given.
         """
-        return cls(name, dockerfile=dockerfile)
+        packages = _read_packages(name, conda_specification, pip_requirements)
+        return cls(name, image=image, **packages)
+
+    @classmethod
+    def from_dockerfile(
+        cls,
+        name: str,
+        dockerfile: str | Path,
+        *,
+        conda_specification: str | Path | None = None,
+        pip_requirements: str | Path | None = None,
+    ) -> Environment:
+        """Return an environment whose image is built from a Dockerfile.
+
+        Args:
+            name: Its name.
+            dockerfile: The text, or the file: a Path, or text of one line that names one.
+            conda_specification: A conda file whose packages are put on it.
+            pip_requirements: A requirements file whose packages are put on it.
+
+        Raises:
+            DefinitionError: A file is not there, or packages are given in both ways.
+        """
+        if isinstance(dockerfile, str) and not _FROM.search(dockerfile):
+            dockerfile = Path(dockerfile)
+        packages = _read_packages(name, conda_specification, pip_requirements)
+        return cls(name, dockerfile=dockerfile, **packages)
+
+    @classmethod
+    def load_from_directory(cls, path: str | Path) -> Environment:
+        """Return the environment of a directory that this package or Azure ML's SDK v1 has written.
+
+        What the SDK knows and means nothing here is left out with a warning that names it.
+
+        Raises:
+            DefinitionError: There is none, or something in it is wrong.
+        """
+        from airflow_mlpipelines.definition.azure_files import report_unsupported
+        from airflow_mlpipelines.definition.environment_files import read_environment
+
+        spec, unsupported = read_environment(Path(path))
+        report_unsupported(str(path), unsupported)
+        return cls.from_spec(spec)
+
+    def save_to_directory(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the environment into a directory, which is made if it is not there.
+
+        Raises:
+            DefinitionError: It has an environment already, and may not be overwritten.
+        """
+        from airflow_mlpipelines.definition.environment_files import write_environment
+
+        write_environment(self.spec, Path(path), overwrite=overwrite)
 
     @property
     def name(self) -> str | None:
@@ -116,6 +180,27 @@ class Environment:
 
     def __repr__(self) -> str:
         return f"Environment({self.name!r})"
+
+
+def _read_packages(
+    name: str, conda_specification: str | Path | None, pip_requirements: str | Path | None
+) -> dict[str, Any]:
+    """Return the arguments for the packages of a conda or a requirements file."""
+    where = f"environment {name!r}"
+    if conda_specification is not None and pip_requirements is not None:
+        raise DefinitionError(
+            f"{where}: give a conda_specification or pip_requirements, not both; a conda file can have pip packages."
+        )
+    if conda_specification is not None:
+        return {"conda": Path(conda_specification)}
+    if pip_requirements is not None:
+        return {"pip": _read_requirements(where, Path(pip_requirements))}
+    return {}
+
+
+def _read_requirements(where: str, path: Path) -> list[str]:
+    lines = [line.split(" #")[0].strip() for line in _read(where, path).splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _check_apt(where: str, packages: Any) -> None:

@@ -133,6 +133,12 @@ class KubernetesComputeSpec(SpecModel):
             worker's own.
         helper_image: What carries the files of a step into its pod and out of it: any image with ``sh``, ``tar``
             and ``sha256sum``.
+        agent_image: What carries data between datastores and a pod by itself, past worker and API server: the image
+            of ``images/agent/Dockerfile``, of the workers' release. None lets ``helper_image`` and the worker
+            carry everything.
+        shared_volumes: Directories that the workers share with the pods, and the PersistentVolumeClaim that each
+            is the root of: ``claim``, or ``claim/path`` for a directory in it. What lies there is mounted and not
+            copied.
         security_context: By Kubernetes' own names, those of a pod and those of a container together. What
             it leaves open is as for a user without rights: not root, no capabilities.
         gpu_resource: What the cluster calls its GPUs.
@@ -140,6 +146,8 @@ class KubernetesComputeSpec(SpecModel):
         queue: The Kueue queue that pods wait in.
         startup_timeout_seconds: How long images may be pulled for, once a node was found.
         schedule_timeout_seconds: How long a pod may wait for a node.
+        deferrable: Whether a step that takes long is left to its pod, so that it holds no worker slot.
+        defer_after_seconds: How long a worker stays with its pod before.
         registry: Where images that are built for it are kept; None is the workspace's.
     """
 
@@ -152,6 +160,8 @@ class KubernetesComputeSpec(SpecModel):
     image_conn_id: str | None = None
     docker_url: str | None = None
     helper_image: str = "busybox:1.36"
+    agent_image: str | None = None
+    shared_volumes: dict[str, str] = {}
     service_account: str | None = None
     image_pull_secrets: tuple[str, ...] = ()
     node_selector: dict[str, str] = {}
@@ -173,6 +183,8 @@ class KubernetesComputeSpec(SpecModel):
     queue: str | None = None
     startup_timeout_seconds: int = 1800
     schedule_timeout_seconds: int = 3600
+    deferrable: bool = True
+    defer_after_seconds: int = Field(default=30, ge=0)
     max_nodes: int | None = None
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.definition.graph import ParameterValue
     from airflow_mlpipelines.definition.parameters import PipelineParameter
     from airflow_mlpipelines.definition.resources import Resources
+    from airflow_mlpipelines.definition.run_configuration import RunConfiguration
 
 _OPERATORS = "airflow_mlpipelines.operators.steps"
 
@@ -56,6 +57,7 @@ class PipelineStep(ABC):
         ignore: Names of params and parameters that leave the outputs unchanged, such as a log level.
         environment_variables: Set for the process.
         secrets: Environment variable -> id of the Airflow connection whose password it gets.
+        runconfig: Where and on what it runs, where the step itself does not say so.
         config: What a step type of your own needs beyond all this, as JSON; it counts for reuse.
         description: For people.
     """
@@ -86,9 +88,22 @@ class PipelineStep(ABC):
         ignore: Sequence[str] = (),
         environment_variables: Mapping[str, str] | None = None,
         secrets: Mapping[str, str] | None = None,
+        runconfig: RunConfiguration | None = None,
         config: Mapping[str, Any] | None = None,
         description: str | None = None,
     ) -> None:
+        if runconfig is not None:
+            _check_runconfig(name, runconfig)
+            # What is None is left to it.
+            compute_target = compute_target if compute_target is not None else runconfig.target
+            environment = environment if environment is not None else runconfig.environment
+            resources = resources if resources is not None else runconfig.resources
+            distributed = distributed if distributed is not None else runconfig.distributed
+            timeout = timeout if timeout is not None else runconfig.timeout
+            environment_variables = {
+                **runconfig.environment_variables,
+                **(environment_variables or {}),
+            }
         self.name = name
         self.arguments = list(arguments or ())
         self.inputs = _check_handles(name, "inputs", inputs)
@@ -242,6 +257,16 @@ def _check_handles(step: str, what: str, handles: Sequence[Any] | None) -> list[
             f"step {step!r}: {what} takes a list of data handles, as in {what}=[{type(handles).__name__}]"
         )
     return list(handles or ())
+
+
+def _check_runconfig(step: str, runconfig: Any) -> None:
+    from airflow_mlpipelines.definition.run_configuration import RunConfiguration
+
+    if not isinstance(runconfig, RunConfiguration):
+        raise DefinitionError(
+            f"step {step!r}: runconfig takes a RunConfiguration, not {type(runconfig).__name__}. "
+            "RunConfiguration.load(path, name) reads one from a file."
+        )
 
 
 def _check_distributed(step: str, distributed: Any) -> Distribution | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines.caching.lease import Held, Lease, Leases
@@ -44,6 +45,7 @@ class HeldLease:
         self._lease = lease
         self._over = threading.Event()
         self.released = False
+        self.left = False
         self._thread = threading.Thread(
             target=_renew_until,
             args=(leases, lease, self._over),
@@ -57,6 +59,12 @@ class HeldLease:
         self._over.set()
         self._thread.join(timeout=5)
 
+    def leave(self) -> dict[str, str]:
+        """Let it last beyond this worker, and return its JSON form for whoever renews it from now on."""
+        self.stop_renewing()
+        self.left = True
+        return asdict(self._lease)
+
     def release(self) -> None:
         """Give it back, as part of the transaction that is open, if one is."""
         self.stop_renewing()
@@ -66,7 +74,7 @@ class HeldLease:
 
 @contextmanager
 def hold_lease(index: MetadataIndex, fingerprint: str, holder: str) -> Iterator[HeldLease]:
-    """Hold the lease on ``fingerprint`` to the end of the block, unless it is released in there.
+    """Hold the lease on ``fingerprint`` to the end of the block, unless it is released or left in there.
 
     Raises:
         LeaseHeldError: Somebody else holds it.
@@ -79,7 +87,8 @@ def hold_lease(index: MetadataIndex, fingerprint: str, holder: str) -> Iterator[
     try:
         yield held
     except BaseException:
-        held.release()  # again, if the transaction in which it was released has been undone
+        if not held.left:
+            held.release()  # again, if the transaction in which it was released has been undone
         raise
     if not held.released:
         held.release()

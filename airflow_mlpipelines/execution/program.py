@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.caching.decision import MissReason
-from airflow_mlpipelines.compute.base import StepLaunch
+from airflow_mlpipelines.compute.base import DetachedError, RelaunchError, StepLaunch
 from airflow_mlpipelines.definition.graph import ParameterRef
-from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
+from airflow_mlpipelines.exceptions import (
+    ComputeUnavailableError,
+    DataError,
+    EnvironmentBuildError,
+    StepFailedError,
+)
+from airflow_mlpipelines.execution.carrying import leave_to_compute
 from airflow_mlpipelines.execution.staging import (
     FetchedData,
     commit_outputs,
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.execution.staging import Workplace
     from airflow_mlpipelines.execution.step import Services
     from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.stores import Store
 
 
 class StepProgram:
@@ -44,6 +52,7 @@ class StepProgram:
         plan: RunPlan,
         inputs: Mapping[str, Artifact | None],
         services: Services,
+        news: Mapping[str, Any] | None = None,
     ) -> None:
         self._step = step
         self._graph = graph
@@ -51,6 +60,7 @@ class StepProgram:
         self._plan = plan
         self._inputs = inputs
         self._services = services
+        self._news = news
 
     def run(self, held: ExitStack) -> tuple[dict[str, Artifact], dict[str, Any]]:
         """Run the program; return what it made, committed, and the metrics that it logged.
@@ -59,6 +69,7 @@ class StepProgram:
             held: Keeps what the step uses of this machine's blobs until it is closed.
 
         Raises:
+            DetachedError: The program goes on without this worker.
             StepFailedError: The program failed.
             ComputeUnavailableError: Its compute was away, or took it down.
             EnvironmentBuildError: Its environment can't be had.
@@ -70,26 +81,52 @@ class StepProgram:
         environment = launcher.prepare_environment(
             step.environment, self._resolve_environment(), emit=services.emit
         )
+        adopt = launcher.recover(identity.step_run_id, services.handle)
+        while True:
+            try:
+                return self._run_once(environment, held, adopt=adopt)
+            except RelaunchError as error:
+                services.emit(str(error))
+                time.sleep(error.pause)
+            adopt, self._news = False, None
+
+    @property
+    def _nodes(self) -> int:
+        return self._step.distributed.nodes if self._step.distributed is not None else 1
+
+    def _run_once(
+        self, environment: ResolvedEnvironment, held: ExitStack, *, adopt: bool
+    ) -> tuple[dict[str, Artifact], dict[str, Any]]:
+        step, services, identity = self._step, self._services, self._identity
         workplace = locate_workplace(
             step,
             services.stores,
             step_run_id=identity.step_run_id,
             directory=identity.directory(self._graph.name, step.id),
         )
+        snapshot = self._plan.snapshots.get(step.id)
+        workplace = leave_to_compute(
+            workplace,
+            step,
+            services.stores,
+            snapshot=snapshot,
+            inputs=self._inputs,
+            can_carry=services.launcher.can_carry if self._nodes == 1 else _carries_nothing,
+        )
+        # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
+        link = self._graph.computes[step.compute].type == "docker"
+        has_inputs = adopt and services.launcher.carries_files
         workplace = fill_stage(
             workplace,
             step,
             services.stores,
-            snapshot=self._plan.snapshots.get(step.id),
+            snapshot=snapshot,
             inputs=self._inputs,
-            # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
-            fetched=FetchedData(
-                services.blobs, held, link=self._graph.computes[step.compute].type == "docker"
-            ),
-            adopt=launcher.recover(identity.step_run_id, services.handle),
+            fetched=None if has_inputs else FetchedData(services.blobs, held, link=link),
+            adopt=adopt,
         )
         try:
-            metrics = self._launch(workplace, environment)
+            metrics = self._launch(workplace, environment, adopt=adopt)
             outputs = commit_outputs(
                 workplace,
                 step,
@@ -98,7 +135,11 @@ class StepProgram:
                 cache=services.cache,
                 blobs=services.blobs,
             )
-        except (StepFailedError, DataError):
+        except DetachedError:
+            if services.launcher.carries_files:  # else the program works in these very directories
+                workplace.remove()
+            raise
+        except (StepFailedError, DataError, RelaunchError):
             workplace.remove()
             raise
         # Any other error may leave a program alive that the next try adopts, with these directories.
@@ -131,7 +172,9 @@ class StepProgram:
         )
         return recalled
 
-    def _launch(self, workplace: Workplace, environment: ResolvedEnvironment) -> dict[str, Any]:
+    def _launch(
+        self, workplace: Workplace, environment: ResolvedEnvironment, *, adopt: bool
+    ) -> dict[str, Any]:
         """Run the program to its end and return the metrics that it logged."""
         step, services, identity = self._step, self._services, self._identity
         paths = services.launcher.process_paths(workplace.stage, environment)
@@ -148,7 +191,8 @@ class StepProgram:
             artifact = self._inputs[item.name]
             if item.mode == "direct" and artifact is not None:
                 inputs[item.name] = artifact.uri
-        link_inputs(workplace.stage, step, paths)
+        if not adopt:
+            link_inputs(workplace, step, paths)
         argv = render_arguments(
             (*step.command, *step.arguments),
             inputs=inputs,
@@ -181,12 +225,25 @@ class StepProgram:
             stage=workplace.stage,
             resources=step.resources,
             image=environment.image,
-            nodes=step.distributed.nodes if step.distributed is not None else 1,
+            nodes=self._nodes,
             timeout_seconds=step.timeout_seconds,
             labels=identity.labels,
+            carriage=workplace.carriage,
+            detach=services.may_detach,
+            news=self._news,
         )
+        may_be_alive = False
         try:
             services.launcher.run(launch, emit=services.emit, handle=services.handle)
             return read_metrics(workplace.stage.run)
+        except (DetachedError, ComputeUnavailableError):
+            may_be_alive = True
+            raise
         finally:
-            keep_run_files(workplace, services.stores)
+            if not may_be_alive:  # else it may be writing to what would be taken away
+                keep_run_files(workplace, services.stores)
+
+
+def _carries_nothing(_store: Store) -> bool:
+    """Several nodes share what the worker brings and fetches; none of them commits outputs by itself."""
+    return False

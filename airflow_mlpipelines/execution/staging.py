@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines import settings
-from airflow_mlpipelines.compute.base import KEPT_DIRECTORIES, Stage
+from airflow_mlpipelines.compute.base import KEPT_DIRECTORIES, Carriage, Stage
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.runtime.stage import stage_runtime
-from airflow_mlpipelines.storage.placing import make_writable
+from airflow_mlpipelines.storage.kept import RUN_FILES, keep_files
+from airflow_mlpipelines.storage.placing import make_writable, place_link
 from airflow_mlpipelines.storage.snapshots import unpack_snapshot
 from airflow_mlpipelines.storage.transfer import commit_output, fetch
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.storage.blobs import BlobCache
     from airflow_mlpipelines.storage.stat_cache import StatCache
     from airflow_mlpipelines.storage.stores import StoreSet
-
-RUN_FILES = "_run"
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,13 @@ class Workplace:
     Attributes:
         directory: Where on their datastores the outputs go.
         in_place: Whether the outputs are written where they stay, so that committing copies nothing.
+        carriage: What the compute carries by itself: it never comes here.
     """
 
     stage: Stage
     directory: str
     in_place: bool
+    carriage: Carriage = field(default_factory=Carriage)
 
     def remove(self) -> None:
         """Take down everything but the outputs that stay."""
@@ -80,7 +81,7 @@ def locate_workplace(
     stage = Stage(
         root=root,
         code=root / "code",
-        runtime=settings.home() / "runtime",
+        runtime=settings.runtime_directory(),
         run=root / "run",
         inputs={},
         outputs={output.name: outputs_root / output.name for output in step.outputs},
@@ -96,10 +97,12 @@ def fill_stage(
     *,
     snapshot: str | None,
     inputs: Mapping[str, Artifact | None],
-    fetched: FetchedData,
+    fetched: FetchedData | None,
     adopt: bool,
 ) -> Workplace:
     """Return the workplace with code, runtime and inputs there, but those of mode ``direct``.
+
+    What the workplace's carriage holds is left to the compute.
 
     External data that is not there is no error by itself (Azure ML's rule): the step gets a path at
     which nothing is.
@@ -110,21 +113,24 @@ def fill_stage(
         stores: The registered datastores.
         snapshot: The digest of the step's code; None for a step without files of its own.
         inputs: What each input has to hold; None for external data that is not there.
-        fetched: How remote data are fetched.
+        fetched: How remote data are fetched; None where the program has its inputs with it.
         adopt: A program of an earlier try still works there: its directories are left as they are.
 
     Raises:
         DataError: An input or the snapshot can't be had.
     """
-    stage = workplace.stage
+    stage, carriage = workplace.stage, workplace.carriage
     if not adopt:
-        _make_anew(stage, stores, snapshot=snapshot)
+        _make_anew(stage, stores, snapshot=snapshot if carriage.snapshot is None else None)
     paths = {}
     for item in step.inputs:
         artifact = inputs[item.name]
-        if artifact is None or item.mode == "direct":
+        if artifact is None or item.mode == "direct" or item.name in carriage.inputs:
             continue
         target = stage.root / "inputs" / item.name
+        if fetched is None:
+            paths[item.name] = target
+            continue
         try:
             found = fetch(
                 artifact,
@@ -154,26 +160,21 @@ def _make_anew(stage: Stage, stores: StoreSet, *, snapshot: str | None) -> None:
         (stage.code / kept).mkdir(parents=True, exist_ok=True)
 
 
-def link_inputs(stage: Stage, step: StepSpec, paths: ProcessPaths) -> None:
+def link_inputs(workplace: Workplace, step: StepSpec, paths: ProcessPaths) -> None:
     """Let the step find inputs in its working directory, where ``path_on_compute`` says.
 
     Raises:
         DataError: A file of the step's own is there already.
     """
+    if workplace.carriage.snapshot is not None:  # its links are made where its code is
+        return
     for item in step.inputs:
         if item.path_on_compute is None or item.name not in paths.inputs:
             continue
-        link, target = stage.code / item.path_on_compute, paths.inputs[item.name]
-        link.parent.mkdir(parents=True, exist_ok=True)
         try:
-            link.symlink_to(target)
-        except FileExistsError as error:
-            if link.is_symlink() and str(link.readlink()) == target:  # of a try that is adopted
-                continue
-            raise DataError(
-                f"step {step.name!r}, input {item.name!r}: path_on_compute is {item.path_on_compute!r}, "
-                "where the step's own files have something already. Choose another path."
-            ) from error
+            place_link(workplace.stage.code, item.path_on_compute, paths.inputs[item.name])
+        except DataError as error:
+            raise DataError(f"step {step.name!r}, input {item.name!r}: {error}") from error
 
 
 def _own(found: Path, target: Path) -> Path:
@@ -198,13 +199,17 @@ def commit_outputs(
     cache: StatCache | None,
     blobs: BlobCache,
 ) -> dict[str, Artifact]:
-    """Return the step's outputs, digested and where they stay.
+    """Return the step's outputs, digested and where they stay; those that the compute committed are among them.
 
     Raises:
         DataError: The program did not make an output, or made it of the wrong kind.
     """
+    carriage = workplace.carriage
     artifacts = {}
     for output in step.outputs:
+        if output.name in carriage.outputs:
+            artifacts[output.name] = carriage.committed[output.name]
+            continue
         source = workplace.stage.outputs[output.name]
         try:
             artifacts[output.name] = commit_output(
@@ -223,26 +228,7 @@ def commit_outputs(
 
 def keep_run_files(workplace: Workplace, stores: StoreSet) -> list[str]:
     """Keep ``./outputs``, ``./logs`` and the metrics with the run; return what was kept, as URIs."""
-    store = stores.default
-    kept: list[str] = []
-    found = [workplace.stage.code / name for name in KEPT_DIRECTORIES]
-    found.append(workplace.stage.run / "metrics.jsonl")
-    for source in found:
-        if not source.exists() or (source.is_dir() and not any(source.iterdir())):
-            continue
-        path = f"{workplace.directory}/{RUN_FILES}/{source.name}"
-        if store.is_local:
-            target = store.local_path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.move(str(source), str(target))
-        else:
-            for file in [source] if source.is_file() else sorted(_files_below(source)):
-                name = "" if file == source else f"/{file.relative_to(source).as_posix()}"
-                store.write_bytes(f"{path}{name}", file.read_bytes())
-        kept.append(store.uri(path))
-    return kept
-
-
-def _files_below(directory: Path) -> list[Path]:
-    return [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
+    found = [workplace.stage.run / "metrics.jsonl"]
+    if workplace.carriage.kept is None:
+        found += [workplace.stage.code / name for name in KEPT_DIRECTORIES]
+    return keep_files(stores.default, f"{workplace.directory}/{RUN_FILES}", found)

@@ -12,6 +12,7 @@ from airflow_mlpipelines.caching.decision import Decision, MissReason
 from airflow_mlpipelines.caching.explain import explain_miss
 from airflow_mlpipelines.caching.fingerprint import step_fingerprint
 from airflow_mlpipelines.caching.index import CacheEntry, StepRunRecord
+from airflow_mlpipelines.compute.base import DetachedError
 from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
 from airflow_mlpipelines.execution.heartbeat import LeaseHeldError, hold_lease
 from airflow_mlpipelines.execution.program import StepProgram
@@ -71,6 +72,37 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class Resumption:
+    """What the worker that goes on with a step gets from those before it.
+
+    Attributes:
+        news: What was found out meanwhile about the program.
+        began_at: When the first worker began, in seconds of the epoch.
+    """
+
+    news: Mapping[str, Any]
+    began_at: float
+
+
+class StepDetachedError(Exception):
+    """The step's program goes on without this worker; not a failure.
+
+    Attributes:
+        watch: What a trigger needs to wait for it.
+        lease: The step's lease, for somebody to renew: ``fingerprint``, ``holder`` and ``token``; None without.
+        began_at: As in :class:`Resumption`.
+    """
+
+    def __init__(
+        self, watch: dict[str, Any], lease: dict[str, str] | None, began_at: float
+    ) -> None:
+        self.watch = watch
+        self.lease = lease
+        self.began_at = began_at
+        super().__init__("the step's program goes on without this worker")
+
+
+@dataclass(frozen=True)
 class Services:
     """What a step needs of the world around it.
 
@@ -79,6 +111,7 @@ class Services:
         handle: Remembers what was launched, for a retry after the worker was lost.
         emit: Takes a line for the step's log.
         blobs: Data of remote datastores that this machine has fetched before.
+        may_detach: Whether a program that takes long may go on without a worker.
         writer: Whose entries these are, such as the Airflow deployment's name.
     """
 
@@ -90,6 +123,7 @@ class Services:
     blobs: BlobCache
     secrets: Mapping[str, str] = field(default_factory=dict)
     cache: StatCache | None = None
+    may_detach: bool = False
     writer: str = ""
 
 
@@ -125,19 +159,27 @@ class StepRunner:
         self._inputs = inputs
         self._services = services
         self._forced = forced
+        self._resumption: Resumption | None = None
 
-    def run(self) -> StepResult:
+    def run(self, resumption: Resumption | None = None) -> StepResult:
         """Return the step's outputs, reused if somebody has made them, else made now and committed.
 
         What happened is recorded in the index, also if it failed.
 
+        Args:
+            resumption: Given if its program has begun already, and went on without a worker.
+
         Raises:
+            StepDetachedError: The program goes on without this worker.
             LeaseHeldError: Somebody else is making the same outputs right now.
             StepFailedError: The program failed.
             EnvironmentBuildError: Its environment can't be had.
             DataError: An input can't be had, or an output was not made.
         """
         started = time.monotonic()
+        if resumption is not None:
+            self._resumption = resumption
+            started -= max(time.time() - resumption.began_at, 0.0)
         fingerprint = self._fingerprint()
         try:
             return self._reuse_or_make(fingerprint, started)
@@ -157,15 +199,18 @@ class StepRunner:
                 self._services.index, fingerprint.digest, self._identity.holder
             ) as lease:
                 # Only now: whoever held the lease before may have committed since the plan was made.
-                result = self._look_up(fingerprint.digest, started) or self._make(
-                    fingerprint, started
-                )
+                # A program that has begun is seen through, whatever others have made meanwhile.
+                found = None if self._resumption else self._look_up(fingerprint.digest, started)
+                result = found or self._make(fingerprint, started, lease)
                 self._conclude(fingerprint, result, lease)
         except LeaseHeldError:  # by somebody who makes anew what there is, maybe
-            found = self._look_up(fingerprint.digest, started)
-            if found is None:
-                raise
-            result = found
+            if self._resumption is not None:  # the lease ran out, with no triggerer to renew it
+                result = self._make(fingerprint, started)
+            else:
+                found = self._look_up(fingerprint.digest, started)
+                if found is None:
+                    raise
+                result = found
             self._conclude(fingerprint, result)
         return result
 
@@ -275,12 +320,20 @@ class StepRunner:
 
     # ---- how -------------------------------------------------------------------------------
 
-    def _make(self, fingerprint: Fingerprint | None, started: float) -> StepResult:
+    def _make(
+        self, fingerprint: Fingerprint | None, started: float, lease: HeldLease | None = None
+    ) -> StepResult:
         """Make the outputs and commit them: data first, then the entry."""
         reason = self._why_not_reused(fingerprint)
-        self._services.emit(f"Step {self._step.name!r} runs: {reason}")
-        with ExitStack() as held:
-            outputs, metrics = self._make_outputs(held)
+        if self._resumption is None:
+            self._services.emit(f"Step {self._step.name!r} runs: {reason}")
+        try:
+            with ExitStack() as held:
+                outputs, metrics = self._make_outputs(held)
+        except DetachedError as error:
+            left = lease.leave() if lease is not None else None
+            began_at = time.time() - (time.monotonic() - started)
+            raise StepDetachedError(error.watch, left, began_at) from error
         return StepResult(
             state="ran",
             reason=reason,
@@ -301,6 +354,7 @@ class StepRunner:
             plan=self._plan,
             inputs=self._inputs,
             services=self._services,
+            news=self._resumption.news if self._resumption is not None else None,
         )
         return program.run(held)
 

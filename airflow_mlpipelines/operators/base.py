@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.definition.graph import PipelineGraph, StepSpec
     from airflow_mlpipelines.execution.heartbeat import LeaseHeldError
-    from airflow_mlpipelines.execution.step import StepResult, StepRunner
+    from airflow_mlpipelines.execution.step import (
+        Resumption,
+        StepDetachedError,
+        StepResult,
+        StepRunner,
+    )
 
 STEP_RUN_KEY = "step_run"
 METRICS_KEY = "metrics"
@@ -75,19 +80,28 @@ class StepOperator(BaseOperator):
             EnvironmentBuildError: What its environment is built from can't be reached; so too.
             DataError: An input can't be had, or an output was not made; so too.
         """
+        return self._carry_out(context)
+
+    def _carry_out(
+        self, context: Context, resumption: Resumption | None = None
+    ) -> dict[str, Any] | None:
         from airflow_mlpipelines.exceptions import (
             DataError,
             EnvironmentBuildError,
             StepFailedError,
         )
         from airflow_mlpipelines.execution.heartbeat import LeaseHeldError
+        from airflow_mlpipelines.execution.step import StepDetachedError
         from airflow_mlpipelines.operators.carrying_out import make_runner
 
         runner = self._runner = make_runner(self, context)
         try:
-            result = runner.run()
+            result = runner.run(resumption)
         except LeaseHeldError as error:
             self._wait_for_lease(error)
+            raise
+        except StepDetachedError as error:
+            self._wait_for_pod(error)
             raise
         except (StepFailedError, EnvironmentBuildError, DataError) as error:
             failure = {"state": "failed", "reason": str(error).partition("\n")[0]}
@@ -107,6 +121,14 @@ class StepOperator(BaseOperator):
         self.log.info("The step that this one waited for is over: %s", event["reason"])
         return self.execute(context)
 
+    def go_on(
+        self, context: Context, event: dict[str, Any], began_at: float
+    ) -> dict[str, Any] | None:
+        """Go on with a step whose program went on without a worker, as ``event`` says."""
+        from airflow_mlpipelines.execution.step import Resumption
+
+        return self._carry_out(context, Resumption(event, began_at))
+
     def on_kill(self) -> None:
         """End the program, within the seconds that Airflow leaves."""
         if self._runner is not None:
@@ -119,6 +141,15 @@ class StepOperator(BaseOperator):
         self.defer(
             trigger=LeaseTrigger(fingerprint=error.fingerprint, poll_seconds=_WAIT_SECONDS),
             method_name=self.resume.__name__,
+        )
+
+    def _wait_for_pod(self, error: StepDetachedError) -> None:
+        from airflow_mlpipelines.triggers.pod import PodTrigger
+
+        self.defer(
+            trigger=PodTrigger(watch=error.watch, lease=error.lease),
+            method_name=self.go_on.__name__,
+            kwargs={"began_at": error.began_at},
         )
 
     def _push(self, context: Context, result: StepResult) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def make_runner(operator: StepOperator, context: Context) -> StepRunner:
         blobs=open_blobs(),
         secrets=read_secrets(step.name, step.secrets),
         cache=StatCache(settings.stat_cache_file()),
+        # Where a person watches the run go on in one process, there is no slot to be freed.
+        may_detach=not os.environ.get(settings.ECHO_VARIABLE),
     )
     return operator.runner_class()(
         step,

@@ -8,6 +8,8 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
+from airflow_mlpipelines.exceptions import DataError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -56,6 +58,24 @@ def place(blob: Path, target: Path, *, link: bool) -> None:
         _place_tree(os.fspath(blob), os.fspath(target), put)
     else:
         put(os.fspath(blob), os.fspath(target))
+
+
+def place_link(directory: Path, name: str, target: str) -> None:
+    """Put a symbolic link to ``target`` into a step's working directory; one that is there already is left.
+
+    Raises:
+        DataError: Something else is there.
+    """
+    link = directory / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        link.symlink_to(target)
+    except FileExistsError as error:
+        if link.is_symlink() and str(link.readlink()) == target:  # of a try that is adopted
+            return
+        raise DataError(
+            f"path_on_compute is {name!r}, where the step's own files have something already. Choose another path."
+        ) from error
 
 
 def _place_tree(blob: str, target: str, put: Callable[[str, str], None]) -> None:

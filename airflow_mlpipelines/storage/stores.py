@@ -52,14 +52,22 @@ class Store:
         name: Its name in the workspace.
         url: Its root, without a trailing slash.
         protocol: How a store of its kind behaves.
+        arguments: What its fsspec filesystem was made with, secrets included.
     """
 
     def __init__(
-        self, name: str, url: str, *, filesystem: AbstractFileSystem | None, root: str
+        self,
+        name: str,
+        url: str,
+        *,
+        filesystem: AbstractFileSystem | None,
+        root: str,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
         self.url = url
         self.protocol = find_protocol(url)
+        self.arguments = dict(arguments or {})
         self._filesystem = filesystem
         self._root = root
         self._made: set[str] = set()
@@ -296,8 +304,9 @@ def open_store(
     from fsspec.dircache import DirCache
 
     protocol = find_protocol(url)
+    arguments = {**(options or {}), **(credentials or {})}
     try:
-        filesystem, root = url_to_fs(url, **{**(options or {}), **(credentials or {})})
+        filesystem, root = url_to_fs(url, **arguments)
     except ImportError as error:
         hint = "Install its fsspec driver."
         if protocol.extra is not None:
@@ -317,7 +326,7 @@ def open_store(
         # Others write to the store too: what was listed a moment ago tells nothing of now.
         listings.use_listings_cache = False
         listings.clear()
-    return Store(name, url, filesystem=filesystem, root=root.rstrip("/"))
+    return Store(name, url, filesystem=filesystem, root=root.rstrip("/"), arguments=arguments)
 
 
 class StoreSet:

@@ -48,11 +48,29 @@ BUILD_SECONDS = 1500
 class ClusterAccess:
     """A cluster that answers.
 
-    ``host_address`` is the address at which its pods reach servers of this machine, if that is known.
+    ``host_address`` is the address at which its pods reach servers of this machine, if that is known. ``state`` is
+    the folder of a cluster that a test session started.
     """
 
     kubeconfig: Path
     host_address: str | None = None
+    state: Path | None = None
+
+    def load_image(self, image: str) -> None:
+        """Let pods find an image of the Docker daemon, where this cluster was started by a test session."""
+        if self.state is None:
+            return
+        socket = self.state / "containerd.sock"
+        done = _run(
+            "bash",
+            "-c",
+            'docker save "$1" | ctr --address "$0" --namespace k8s.io images import -',
+            socket,
+            image,
+            seconds=200,
+        )
+        if done.returncode != 0:
+            pytest.fail(f"the image {image} can't be copied to the cluster:\n{done.stderr[-3000:]}")
 
 
 @contextmanager
@@ -145,7 +163,7 @@ def _sharing(session: str, images: tuple[str, ...]) -> Iterator[ClusterAccess]:
             raise
     try:
         number = (state / "number").read_text().strip()
-        yield ClusterAccess(state / "kubeconfig", host_address=f"198.19.{number}.1")
+        yield ClusterAccess(state / "kubeconfig", host_address=f"198.19.{number}.1", state=state)
     finally:
         with FileLock(folder / "lock"):
             _leave(lock, users)

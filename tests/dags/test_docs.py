@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"<!-- from (\S+): (\S+) -->\n```python\n(.*?)```", re.DOTALL)
+YAML = re.compile(r"<!-- from (\S+) -->\n```yaml\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#]+)\)")
 
 
@@ -29,6 +30,18 @@ def test_code_in_documents_is_cut_from_tested_files(file, name, code):
 
     assert found is not None
     assert found[1] == code
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        pytest.param(file, text, id=f"{document.name}-{file}")
+        for document in DOCUMENTS
+        for file, text in YAML.findall(document.read_text())
+    ],
+)
+def test_yaml_in_documents_is_cut_from_files(file, text):
+    assert text in (ROOT / file).read_text()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from cryptography.fernet import Fernet
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
@@ -18,12 +21,27 @@ def services():
     return yaml.safe_load(COMPOSE.read_text())["services"]
 
 
-def test_every_component_of_airflow_is_there(services):
-    commands = {name: " ".join(service.get("command", [])) for name, service in services.items()}
+@pytest.fixture(scope="module")
+def env_file(tmp_path_factory):
+    """What the one command makes that users run before `up`."""
+    file = tmp_path_factory.mktemp("env") / "env"
+    script = ROOT / "compose" / "make-env.sh"
+    made = subprocess.run(["sh", script], capture_output=True, text=True, check=True)
+    file.write_text(made.stdout)
+    return file
 
-    assert commands == {
-        "postgres": "",
-        "redis": "",
+
+def read_env(text):
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+def test_every_component_of_airflow_is_there(services):
+    commands = {name: service.get("command", []) for name, service in services.items()}
+    of_airflow = {
+        name: " ".join(command) for name, command in commands.items() if command[:1] == ["airflow"]
+    }
+
+    assert of_airflow == {
         "migrate": "airflow db migrate",
         "api-server": "airflow api-server",
         "scheduler": "airflow scheduler",
@@ -31,6 +49,70 @@ def test_every_component_of_airflow_is_there(services):
         "triggerer": "airflow triggerer",
         "worker": "airflow celery worker",
     }
+    others = {"postgres", "redis", "s3", "mlflow", "prepare", "buckets", "step-image"}
+    assert services.keys() - of_airflow.keys() == others
+    assert services["worker"]["deploy"]["replicas"] == 2
+
+
+def test_what_runs_on_is_checked_and_started_again(services):
+    once = {"prepare", "migrate", "buckets", "step-image"}
+
+    for name, service in services.items():
+        lasting = name not in once
+        assert ("healthcheck" in service) == lasting, name
+        assert service["restart"] == ("unless-stopped" if lasting else "no"), name
+
+
+def test_every_password_and_key_is_the_deployment_s_own(env_file):
+    needed = set(re.findall(r"\$\{(\w+):\?", COMPOSE.read_text()))
+    first = read_env(env_file.read_text())
+    script = ROOT / "compose" / "make-env.sh"
+    second = read_env(
+        subprocess.run(["sh", script], capture_output=True, text=True, check=True).stdout
+    )
+
+    assert needed == first.keys() - {"AIRFLOW_UID", "DOCKER_SOCKET", "DOCKER_GID"}
+    for name in needed:
+        assert len(first[name]) >= 16
+        assert first[name] != second[name]
+    Fernet(first["AIRFLOW_FERNET_KEY"])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize(
+    ("owner", "expected"), [((0, 998), ("50000", "998")), ((1000, 1000), ("0", "0"))]
+)
+def test_the_workers_may_use_the_socket_of_a_daemon_of_root_or_of_a_user(tmp_path, owner, expected):
+    stand_in = tmp_path / "docker.sock"
+    stand_in.touch()
+    os.chown(stand_in, *owner)
+    done = subprocess.run(
+        ["sh", ROOT / "compose" / "make-env.sh"],
+        env={**os.environ, "DOCKER_SOCKET": str(stand_in)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    made = read_env(done.stdout)
+
+    assert (made["AIRFLOW_UID"], made["DOCKER_GID"]) == expected
+
+
+def test_steps_are_on_the_network_and_the_image_that_the_file_makes():
+    text = COMPOSE.read_text()
+    workspace = yaml.safe_load((ROOT / "compose" / "mlpipelines.yaml").read_text())
+    compute = workspace["computes"][workspace["default_compute"]]
+
+    assert f"${{STEPS_NETWORK:-{compute['network_mode']}}}" in text
+    assert f"${{STEPS_IMAGE:-{compute['image']}}}" in text
+
+
+def test_steps_reach_no_database_and_no_broker(services):
+    on_network = {
+        name for name, service in services.items() if "steps" in service.get("networks", ())
+    }
+
+    assert on_network == {"s3", "mlflow"}
 
 
 def test_only_the_worker_has_the_docker_socket(services):
@@ -58,7 +140,7 @@ def test_the_ui_is_published_to_this_machine_only(services):
     assert all(port.startswith("127.0.0.1:") for port in published)
 
 
-def test_compose_itself_accepts_it():
+def test_compose_itself_accepts_it(env_file):
     program = [["docker", "compose"], ["docker-compose"]]
     for command in program:
         if shutil.which(command[0]) is None:
@@ -66,7 +148,7 @@ def test_compose_itself_accepts_it():
         probe = subprocess.run([*command, "version"], capture_output=True, check=False)
         if probe.returncode == 0:
             done = subprocess.run(
-                [*command, "-f", str(COMPOSE), "config", "--quiet"],
+                [*command, "--env-file", str(env_file), "-f", str(COMPOSE), "config", "--quiet"],
                 capture_output=True,
                 text=True,
                 check=False,

@@ -38,3 +38,17 @@ def test_two_airflows_of_one_user_agree_on_who_has_which_gpu(
     assert settings.gpu_lock_directory() == of_one
     monkeypatch.setenv("MLPIPELINES_GPU_LOCKS", "/shared/locks")
     assert str(settings.gpu_lock_directory()) == "/shared/locks"
+
+
+def test_what_is_kept_and_what_steps_work_in_can_lie_outside_of_airflow_s_home(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MLPIPELINES_WORK_DIR", raising=False)
+    monkeypatch.setenv("AIRFLOW_HOME", "/opt/airflow")
+    monkeypatch.delenv("MLPIPELINES_HOME", raising=False)
+    assert str(settings.blob_cache_directory()) == "/opt/airflow/mlpipelines/blobs"
+
+    monkeypatch.setenv("MLPIPELINES_HOME", "/var/lib/mlpipelines")
+
+    assert str(settings.blob_cache_directory()) == "/var/lib/mlpipelines/blobs"
+    assert str(settings.work_directory()) == "/var/lib/mlpipelines/work"

@@ -11,7 +11,7 @@ What the provider's KubernetesPodOperator would do to a step, and what is done i
 * It puts secrets into the pod. Here they are in a Secret that belongs to the pod, and goes with it.
 * It reads logs on from the last second. Here each line arrives once.
 
-A worker waits for its pod: a step that runs holds a worker's slot.
+A worker stays with its pod for the first half minute; then a trigger waits (docs/decisions/kubernetes-deferral.md).
 """
 
 from __future__ import annotations

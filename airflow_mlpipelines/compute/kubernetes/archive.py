@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from airflow_mlpipelines.compute.kubernetes.channel import ChannelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from airflow_mlpipelines.compute.base import Stage
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
@@ -23,15 +23,22 @@ _BUFFER = 256 << 10
 
 @dataclass(frozen=True)
 class Member:
-    """One entry of the archive that a pod gets: its name there, and what it is on the worker's disk."""
+    """One entry of the archive that a pod gets: its name there, and what it is on the worker's disk.
+
+    Without a path it is an empty directory, or an empty file.
+    """
 
     name: str
     path: Path | None = None
     follow: bool = False
+    is_file: bool = False
 
 
-def stage_members(stage: Stage) -> Iterator[Member]:
-    """Yield all that the pod of a step needs, in the layout of its containers."""
+def stage_members(stage: Stage, shared: Collection[str] = ()) -> Iterator[Member]:
+    """Yield all that the pod of a step needs, in the layout of its containers.
+
+    Of inputs that are ``shared``, there is only something to mount them on.
+    """
     for name, path in (
         ("code", stage.code),
         ("run", stage.run),
@@ -50,7 +57,11 @@ def stage_members(stage: Stage) -> Iterator[Member]:
         yield Member(f"outputs/{parent.as_posix()}")
     yield Member("inputs")
     for name, path in stage.inputs.items():
-        if path.is_dir():
+        if f"inputs/{name}" in shared:
+            yield Member(f"inputs/{name}")
+            if not path.is_dir():
+                yield Member(f"inputs/{name}/{path.name}", is_file=True)
+        elif path.is_dir():
             yield from _tree(f"inputs/{name}", path)
         else:
             yield Member(f"inputs/{name}")
@@ -63,7 +74,7 @@ def make_entries(stage: Stage, spec: PodSpec) -> list[Entry]:
     Raises:
         ChannelError: There is something that is neither a file nor a directory.
     """
-    return [_entry(member, spec) for member in stage_members(stage)]
+    return [_entry(member, spec) for member in stage_members(stage, spec.shared)]
 
 
 def archive_size(entries: Iterable[Entry]) -> int:
@@ -100,7 +111,9 @@ def _tree(name: str, root: Path) -> Iterator[Member]:
 def _entry(member: Member, spec: PodSpec) -> tuple[tarfile.TarInfo, Path | None]:
     if member.path is None:
         info = tarfile.TarInfo(member.name)
-        info.type, info.mode = tarfile.DIRTYPE, 0o755
+        info.type, info.mode = (
+            (tarfile.REGTYPE, 0o644) if member.is_file else (tarfile.DIRTYPE, 0o755)
+        )
         path = None
     else:
         path = member.path.resolve() if member.follow else member.path

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from contextlib import suppress
+import time
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError, ClusterLostError
+from airflow_mlpipelines.compute.base import DetachedError
+from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
+from airflow_mlpipelines.compute.kubernetes.cluster import (
+    PATIENCE_SECONDS,
+    ClusterError,
+    ClusterLostError,
+)
+from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews, PodWatch, Reason
 from airflow_mlpipelines.compute.kubernetes.failures import (
     end_failure,
     is_hopeless,
+    lost_unseen,
     start_failure,
     timeout_failure,
 )
@@ -22,34 +32,50 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     create_pod,
     create_secret,
     discard,
+    has_files,
+    remove_pod,
     take_over,
 )
 from airflow_mlpipelines.compute.kubernetes.logs import LogFollower
-from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
+from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP, label_value
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
 from airflow_mlpipelines.compute.kubernetes.transfer import collect, deliver
+from airflow_mlpipelines.compute.kubernetes.volumes import (
+    hand_over,
+    has_helpers,
+    look_again,
+    writes_in_place,
+)
 from airflow_mlpipelines.compute.kubernetes.watch import (
+    Observer,
     PodEnd,
     StartTimeoutError,
     StartWatch,
+    StillWaitingError,
     await_removal,
     container_state,
+    is_leaving,
     watch_step,
 )
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
-    from airflow_mlpipelines.compute.base import Emit, HandleStore, StepLaunch
+    from airflow_mlpipelines.compute.base import Emit, StepLaunch
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
+    from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
     from airflow_mlpipelines.definition.graph import KubernetesComputeSpec
 
 log = logging.getLogger(__name__)
 
 _GONE_SECONDS = 15.0
 _INTERRUPTED_SECONDS = 4.0
+_PAUSE = 0.2
+_GIVEN_UP = (Reason.HOPELESS, Reason.UNSCHEDULED, Reason.UNSTARTED)
+"""What a trigger finds by the time that a pod has waited, of which its next worker knows nothing."""
 
 
 class _AdoptedByAnotherError(Exception):
@@ -72,6 +98,23 @@ class Stops:
         return self.killed or self.expired
 
 
+def choose_stay(
+    launch: StepLaunch, compute: KubernetesComputeSpec, news: PodNews | None, name: str
+) -> float:
+    """Return until when, by :func:`time.monotonic`, this worker stays with the pods of a step run."""
+    if not (launch.detach and compute.deferrable):
+        return math.inf
+    if news is not None and news.reason is Reason.UNSEEN:
+        log.warning(
+            "The triggerer could not watch pod %s (%s), so this worker stays with it. Give the triggerer the "
+            "workers' way to the cluster, and the rights to list and watch pods.",
+            name,
+            news.message,
+        )
+        return math.inf
+    return time.monotonic() + compute.defer_after_seconds
+
+
 class PodAttendant:
     """Sees one step run through on one pod. One instance serves one try."""
 
@@ -82,7 +125,7 @@ class PodAttendant:
         spec: PodSpec,
         *,
         token: str,
-        handle: HandleStore,
+        note: PodNote,
         stops: Stops,
     ) -> None:
         """Prepare; nothing is asked of the cluster yet.
@@ -92,15 +135,16 @@ class PodAttendant:
             launch: The step run.
             spec: Its pod.
             token: A word that only this try knows.
-            handle: Where the pod is noted.
+            note: What is noted of the pod.
             stops: Changed by whoever stops the step.
         """
         self._cluster = cluster
         self._launch = launch
         self._spec = spec
         self._token = token
-        self._handle = handle
+        self._note = note
         self._stops = stops
+        self._news = PodNews.from_dict(launch.news) if launch.news is not None else None
 
     @property
     def _compute(self) -> KubernetesComputeSpec:
@@ -110,20 +154,31 @@ class PodAttendant:
         """Return how the step ended; what it made is on the worker then, and the pod is removed.
 
         Args:
-            pod: The pod of an earlier try to go on with; None makes one.
-            emit: Takes the lines of its log, from the first one on.
+            pod: The pod of an earlier worker to go on with; None makes one.
+            emit: Takes the lines of its log, from the first one on, or from where a trigger has stopped.
 
         Raises:
+            DetachedError: It takes long, and goes on without this worker.
             StepFailedError: It did not start, was killed, or is no longer this try's.
             ComputeUnavailableError: It did not start in time.
             ClusterError: The cluster refuses.
             ClusterLostError: It does not answer. A pod that runs is left alone, for the next try to adopt.
         """
+        self._stays_until = choose_stay(self._launch, self._compute, self._news, self._spec.name)
         if pod is None:
-            pod = self._create()
+            if self._stops.killed:
+                raise self._was_killed()
+            hand_over(self._spec)
+            pod = create_pod(self._cluster, self._spec, self._token)
+            self._prepare(pod, is_new=True)
         else:
             take_over(self._cluster, pod, self._token)
-            log.info("Adopting pod %s of an earlier try, with its log so far:", self._spec.name)
+            if self._news is None:
+                log.info("Adopting pod %s of an earlier try, with its log so far:", self._spec.name)
+            else:
+                log.info("Going on with pod %s: %s", self._spec.name, self._news.reason)
+            if not has_files(pod):
+                self._prepare(pod, is_new=False)
         return self._attend(pod, emit)
 
     def check(self, end: PodEnd, log_tail: tuple[str, ...]) -> None:
@@ -145,44 +200,99 @@ class PodAttendant:
         if code != 0:
             raise end_failure(self._launch.step_name, end, self._spec, log_tail)
 
-    def _create(self) -> Mapping[str, Any]:
-        """Return the pod, whose step may begin; whatever fails on the way leaves none."""
+    def _prepare(self, pod: Mapping[str, Any], *, is_new: bool) -> None:
+        """Let the pod's step begin; whatever fails on the way leaves no pod."""
         cluster, spec = self._cluster, self._spec
-        if self._stops.killed:
-            raise self._was_killed()
-        pod = create_pod(cluster, spec, self._token)
+        uid = pod["metadata"]["uid"]
         try:
             # Noted before anything of the program can run: whatever runs can be found again.
-            self._handle.set({"launcher": "kubernetes", "pod": pod["metadata"]["uid"]})
-            log.info("Pod %s in namespace %s", spec.name, cluster.namespace)
-            if spec.secrets:
-                create_secret(cluster, spec, pod)
-            self._await(lambda found: container_state(found, STAGE)[0] == "running")
-            deliver(cluster, spec, self._launch.stage)
-            return pod
+            if is_new:
+                self._note.set(uid)
+                log.info("Pod %s in namespace %s", spec.name, cluster.namespace)
+                if spec.needs_secret:
+                    create_secret(cluster, spec, pod)
+            if has_helpers(pod):
+                self._deliver(uid)
+        except DetachedError:
+            raise
         except BaseException:
             with suppress(ClusterError):
                 discard(cluster, spec, pod, seconds=KILL_SECONDS)
-            self._handle.set(None)
+            self._note.set(None)
             raise
+
+    def _deliver(self, uid: str) -> None:
+        """Send the step's files once the pod can take them.
+
+        Raises:
+            DetachedError: It waits in a queue, and goes on doing so without this worker.
+        """
+        try:
+            self._await(lambda found: container_state(found, STAGE)[0] == "running")
+        except StillWaitingError as error:
+            raise self._detach(error.pod, Awaited.FILES) from None
+        self._note.set(uid)
+        deliver(self._cluster, self._spec, self._launch.stage)
+
+    def _detach(
+        self,
+        pod: Mapping[str, Any],
+        awaits: Awaited,
+        logs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> DetachedError:
+        """Return what to raise to leave the pod to itself; ``logs`` says how far they were handed on."""
+        meta, spec, compute = pod["metadata"], self._spec, self._compute
+        self._note.set(meta["uid"], awaits=awaits.value)
+        what = "waits for its node and images" if awaits is Awaited.FILES else "goes on"
+        log.info("Pod %s %s without a worker; its log follows here", spec.name, what)
+        watch = PodWatch(
+            compute=compute.name,
+            namespace=compute.namespace,
+            conn_id=compute.conn_id,
+            in_cluster=compute.in_cluster,
+            selector=f"{STEP_RUN_LABEL}={label_value(spec.step_run_id)}",
+            pods={spec.name: meta["uid"]},
+            secret=spec.name if spec.needs_secret else None,
+            awaits=awaits,
+            schedule_seconds=compute.schedule_timeout_seconds,
+            startup_seconds=compute.startup_timeout_seconds,
+            timeout_seconds=self._launch.timeout_seconds,
+            logs={spec.name: self._log_position(), **(logs or {})},
+        )
+        return DetachedError(watch.to_dict())
+
+    def _log_position(self) -> Mapping[str, Any] | None:
+        """Return how far the pod's log was handed on before this worker came."""
+        return self._news.logs.get(self._spec.name) if self._news is not None else None
 
     def _await(self, done: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any]:
         """Return the pod once ``done``.
 
         Raises:
+            StillWaitingError: This worker has stayed with it for long enough.
             StepFailedError: It will never be, or was killed.
             ComputeUnavailableError: It took too long.
         """
+        reason = self._news.reason if self._news is not None else None
         step, spec, compute = self._launch.step_name, self._spec, self._compute
         watch = StartWatch(
             self._cluster,
             spec.name,
             schedule_seconds=compute.schedule_timeout_seconds,
             startup_seconds=compute.startup_timeout_seconds,
-            is_hopeless=lambda pod, waited: self._stops.killed or is_hopeless(pod, waited),
+            is_hopeless=lambda pod, waited: (
+                self._stops.killed or reason in _GIVEN_UP or is_hopeless(pod, waited)
+            ),
+            patience=self._stays_until,
         )
         try:
             pod = watch.until(done)
+            if (
+                pod is not None
+                and not done(pod)
+                and reason in (Reason.UNSCHEDULED, Reason.UNSTARTED)
+            ):
+                raise StartTimeoutError(pod, scheduled=reason is Reason.UNSTARTED)
         except StartTimeoutError as timeout:
             raise timeout_failure(step, timeout, spec, compute) from timeout
         if self._stops.killed:
@@ -195,21 +305,21 @@ class PodAttendant:
         cluster, spec = self._cluster, self._spec
         over = threading.Event()
         try:
-            pod = self._await(lambda found: container_state(found, STEP)[0] != "waiting")
+            if self._launch.carriage:
+                self._follow_staging(emit)
+            pod = self._await_step()
             if self._launch.timeout_seconds is not None:
                 arguments = (pod, self._launch.timeout_seconds, over)
                 threading.Thread(target=self._enforce_timeout, args=arguments, daemon=True).start()
-            follower = LogFollower(cluster, spec.name, emit)
-            with RunFileRelay(cluster, spec.name, self._launch.stage):
-                end = watch_step(cluster, pod, follower, is_stopped=lambda: bool(self._stops))
+            end = self._follow(pod, emit)
             if not belongs_to(end.pod, self._token):
                 raise _AdoptedByAnotherError
-            self._fetch(end)
+            self._fetch(end, emit)
         except _AdoptedByAnotherError as error:
             raise StepFailedError(
                 self._launch.step_name, "a later try has adopted its pod, and goes on with it"
             ) from error
-        except (ClusterLostError, ClusterError):
+        except (ClusterLostError, ClusterError, DetachedError):
             raise  # the pod is left alone, for the next try to adopt
         except BaseException as error:
             # Above all a timeout or an interrupt, which Airflow raises in here.
@@ -220,27 +330,96 @@ class PodAttendant:
                     discard(own, spec, pod, seconds=KILL_SECONDS)
                 if not isinstance(error, StepFailedError | ComputeUnavailableError):
                     self._await_removal(own, pod, _INTERRUPTED_SECONDS)
-            self._handle.set(None)
+            self._note.set(None)
             raise
         finally:
             over.set()
-        with suppress(ClusterError):  # what is left, the next try removes
-            discard(cluster, spec, pod, seconds=1)
-        if self._stops:
-            self._await_removal(cluster, pod, _GONE_SECONDS)
-        self._handle.set(None)
+        self._remove(pod)
+        self._note.set(None)
         return end
 
-    def _fetch(self, end: PodEnd) -> None:
-        """Bring to the worker what the step has made."""
+    def _remove(self, pod: Mapping[str, Any]) -> None:
+        """Remove a pod whose end is known, and of which nothing is needed any more.
+
+        Raises:
+            ComputeUnavailableError: It does not go, and could still write to a volume.
+        """
+        with suppress(ClusterError):  # what is left, the next try removes
+            discard(self._cluster, self._spec, pod, seconds=1)
+        if self._stops:
+            self._await_removal(self._cluster, pod, _GONE_SECONDS)
+        elif writes_in_place(pod):
+            # Only what can't change any more is digested.
+            remove_pod(self._cluster, pod)
+            look_again(self._launch.stage.outputs_root)
+
+    def _follow_staging(self, emit: Emit) -> None:
+        """Hand on what the agent says until it has ended, however long that takes: as there are data."""
+        log_name = f"{self._spec.name}/{STAGE}"
+        position = None
+        if self._news is not None:
+            position = self._news.logs.get(log_name)
+            if position is None:  # an earlier worker has handed on all of it
+                return
+        follower = LogFollower(self._cluster, self._spec.name, emit, position, container=STAGE)
+        while True:
+            pod, _ = self._cluster.find_patiently(
+                "pods", self._spec.name, patience=PATIENCE_SECONDS
+            )
+            if pod is None or is_leaving(pod):
+                break
+            ended = container_state(pod, STAGE)[0] == "terminated"
+            with suppress(ClusterError):
+                follower.read(follow=True, until=self._stays_until)
+            if ended:
+                break
+            if time.monotonic() > self._stays_until:
+                raise self._detach(pod, Awaited.END, logs={log_name: follower.to_dict()})
+            time.sleep(_PAUSE)
+        follower.finish()
+
+    def _await_step(self) -> Mapping[str, Any]:
+        """Return the pod once its step has begun."""
+        try:
+            return self._await(lambda found: container_state(found, STEP)[0] != "waiting")
+        except StillWaitingError as error:
+            raise self._detach(error.pod, Awaited.END) from None
+
+    def _follow(self, pod: Mapping[str, Any], emit: Emit) -> PodEnd:
+        """Hand on the step's log until it ends; return how."""
+        cluster, spec = self._cluster, self._spec
+        follower = LogFollower(cluster, spec.name, emit, self._log_position())
+        relay: AbstractContextManager[object] = nullcontext()
+        if has_helpers(pod):
+            relay = RunFileRelay(cluster, spec.name, self._launch.stage)
+        with relay, Observer(cluster, pod) as observer:
+            try:
+                return watch_step(
+                    cluster,
+                    pod,
+                    follower,
+                    observer=observer,
+                    is_stopped=lambda: bool(self._stops),
+                    until=self._stays_until,
+                )
+            except StillWaitingError as error:
+                position = {spec.name: follower.to_dict()}
+                raise self._detach(error.pod, Awaited.END, logs=position) from None
+
+    def _fetch(self, end: PodEnd, emit: Emit) -> None:
+        """Have what the step has made committed, or bring it to the worker."""
         succeeded = end.step is not None and end.step.get("exitCode") == 0 and not self._stops
         spec = self._spec
         image = _image_id(end.pod)
         if image is not None and "@" not in spec.image_name:
             log.info("Image %s was %s", spec.image_name, image)
+        if not has_helpers(end.pod):
+            return  # all of it is where the worker sees it
         try:
-            collect(self._cluster, spec.name, self._launch.stage, with_outputs=succeeded)
+            collect(self._cluster, spec, self._launch, emit=emit, with_outputs=succeeded)
         except ClusterError as error:
+            if succeeded and self._cluster.find("pods", spec.name) is None:
+                raise lost_unseen(self._launch.step_name, end.pod) from error
             if succeeded:
                 raise StepFailedError(
                     self._launch.step_name,

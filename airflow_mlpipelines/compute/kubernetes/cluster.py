@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ _TOO_MANY_REQUESTS = 429
 _SERVER_ERROR = 500
 _ANSWER_SECONDS = 30.0
 _LONGEST_PAUSE = 2.0
+_configuring = threading.Lock()
 
 
 class ClusterError(Exception):
@@ -188,7 +190,7 @@ class Cluster:
         if method == "PATCH":
             headers["Content-Type"] = "application/merge-patch+json"
         response: HTTPResponse = self._client.call_api(
-            f"{_API.get(path.partition('/')[0], '/api/v1')}/namespaces/{self.namespace}/{path}",
+            locate(self.namespace, path),
             method,
             query_params=list((query or {}).items()),
             header_params=headers,
@@ -201,6 +203,12 @@ class Cluster:
         return response
 
 
+def locate(namespace: str, path: str) -> str:
+    """Return where the API server has what is asked for by a ``path`` below the namespace."""
+    api = _API.get(path.partition("/")[0], "/api/v1")
+    return f"{api}/namespaces/{namespace}/{path}"
+
+
 def connect(compute: KubernetesComputeSpec) -> Cluster:
     """Return a connection to the compute's cluster; nothing is asked of it yet.
 
@@ -210,8 +218,18 @@ def connect(compute: KubernetesComputeSpec) -> Cluster:
     Raises:
         ComputeUnavailableError: There is no such connection or configuration.
     """
+    return Cluster(compute, configure(compute))
+
+
+def configure(compute: KubernetesComputeSpec) -> Configuration:
+    """Return the addresses and credentials of the compute's cluster, as they are now.
+
+    Raises:
+        ComputeUnavailableError: As :func:`connect`.
+    """
     try:
-        return Cluster(compute, _configuration(compute))
+        with _configuring:  # the client keeps its defaults in one place for all threads
+            return _configuration(compute)
     except _configuration_errors() as error:
         raise ComputeUnavailableError(
             f"compute {compute.name!r}: no way to its Kubernetes cluster is known here: {error}. Name an "

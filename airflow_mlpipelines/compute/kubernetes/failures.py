@@ -16,6 +16,7 @@ from airflow_mlpipelines.compute.docker.failures import (
     COMMAND_NOT_FOUND,
     signal_name,
 )
+from airflow_mlpipelines.compute.kubernetes.agent import staging_failure
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     FORBIDDEN,
     NOT_FOUND,
@@ -50,6 +51,8 @@ _NO_PROGRAM = re.compile(
     r'exec: "(?P<program>.*?)": (?P<why>[^:]*)|executable file not found|no such file or directory',
     re.I,
 )
+_NO_CLAIM = re.compile(r'persistentvolumeclaim "(?P<claim>[^"]*)" not found')
+_CLAIM_SECONDS = 20.0
 _PATIENCE_SECONDS = 120.0
 """How long something that may heal by itself, such as a registry that is away, may take."""
 _SHOWN = 600
@@ -57,8 +60,31 @@ _KILLED = frozenset({128 + signal.SIGKILL, 128 + signal.SIGTERM})
 _NOT_TO_BLAME = "The program is not to blame; it can be tried again."
 
 
+class PodLostError(StepFailedError):
+    """The cluster has taken a step's pod away, or somebody has: the program can be launched again.
+
+    Attributes:
+        why: In a few words.
+    """
+
+    def __init__(self, step: str, message: str, *, why: str, log_tail: Sequence[str] = ()) -> None:
+        self.why = why
+        super().__init__(step, message, log_tail=log_tail)
+
+    def at(self, where: str) -> PodLostError:
+        """Return the same error, with where it happened before its message."""
+        return PodLostError(
+            self.step,
+            f"{where}: {self.message}",
+            why=f"{where}: {self.why}",
+            log_tail=self.log_tail,
+        )
+
+
 def is_hopeless(pod: Mapping[str, Any], waited: float) -> bool:
     """Return whether a container of the pod, which waits for so many seconds, will never start."""
+    if waited > _CLAIM_SECONDS and _missing_claim(pod) is not None:
+        return True
     for name in (STAGE, OUTPUTS_KEEPER, STEP):
         state, facts = container_state(pod, name)
         reason = facts.get("reason")
@@ -114,11 +140,16 @@ def start_failure(
     """Return what to raise for a pod that was over, or hopeless, before its step began."""
     if pod is None or is_leaving(pod) or _disruption(pod):
         return _lost(step, pod, before_start=True)
-    for name, image in (
-        (STAGE, compute.helper_image),
-        (OUTPUTS_KEEPER, compute.helper_image),
-        (STEP, spec.image_name),
-    ):
+    claim = _missing_claim(pod)
+    if claim is not None:
+        return StepFailedError(
+            step,
+            f"namespace {compute.namespace!r} has no PersistentVolumeClaim {claim!r}, which compute {compute.name!r} "
+            "names in shared_volumes (or in its pod_template_file). Create it there, or correct the name.",
+            retryable=False,
+        )
+    helper = compute.agent_image or compute.helper_image
+    for name, image in ((STAGE, helper), (OUTPUTS_KEEPER, helper), (STEP, spec.image_name)):
         state, facts = container_state(pod, name)
         reason, said = str(facts.get("reason", "")), str(facts.get("message", ""))[:_SHOWN]
         if state == "waiting" and reason in _NEVER_PULLED | _NOT_PULLED:
@@ -131,11 +162,7 @@ def start_failure(
                 retryable=False,
             )
         if state == "terminated" and name == STAGE and facts.get("exitCode") != 0:
-            return StepFailedError(
-                step,
-                f"the container {STAGE!r}, which takes the step's files, ended with exit code "
-                f"{facts.get('exitCode')}. Does its image {image!r} (the compute's helper_image) have sh and tar?",
-            )
+            return staging_failure(facts) or _not_staged(step, facts, compute)
     return _pod_failed(step, pod, spec, ())
 
 
@@ -158,7 +185,7 @@ def timeout_failure(
         for name, (state, facts) in (
             (name, container_state(timeout.pod, name)) for name in (STAGE, OUTPUTS_KEEPER, STEP)
         )
-        if state == "waiting"
+        if state == "waiting" and (facts or name == STEP)
     ]
     return ComputeUnavailableError(
         f"step {step!r}: its pod did not start within {show_duration(compute.startup_timeout_seconds)} "
@@ -197,6 +224,12 @@ def _went_with_its_pod(end: PodEnd, facts: Mapping[str, Any]) -> bool:
     return end.gone and killed
 
 
+def lost_unseen(step: str, pod: Mapping[str, Any] | None) -> StepFailedError:
+    """Return what to raise for a pod that is gone, of which ``pod`` is what was seen last."""
+    began = pod is not None and container_state(pod, STEP)[0] != "waiting"
+    return _lost(step, pod, before_start=not began)
+
+
 def _forbidden(step: str, said: str, compute: KubernetesComputeSpec) -> StepFailedError:
     if "exceeded quota" in said:
         return StepFailedError(
@@ -208,7 +241,7 @@ def _forbidden(step: str, said: str, compute: KubernetesComputeSpec) -> StepFail
         return StepFailedError(
             step,
             f"this worker may not do that in namespace {compute.namespace!r}: {said}. Its service account or user "
-            "needs pods (create, get, list, patch, delete), pods/log (get), pods/exec (create, get) and secrets (create, "
+            "needs pods (create, get, list, watch, patch, delete), pods/log (get), pods/exec (create, get) and secrets (create, "
             "delete); for steps on several nodes also jobs (create, get, patch, delete) and services (create, delete).",
             retryable=False,
         )
@@ -229,7 +262,9 @@ def _no_image(
     *,
     is_helper: bool,
 ) -> MLPipelinesError:
-    which = f"the image {image!r}" + (" of its helpers (helper_image)" if is_helper else "")
+    which = f"the image {image!r}" + (
+        " of its helpers (helper_image, agent_image)" if is_helper else ""
+    )
     if reason in _NOT_PULLED and not _ABSENT.search(said):
         return ComputeUnavailableError(
             f"step {step!r}: {which} can't be pulled on compute {compute.name!r} ({reason}): {said}. Check the "
@@ -240,6 +275,30 @@ def _no_image(
         f"{which} can't be had on compute {compute.name!r} ({reason}): {said}. Check its name and tag, and the "
         "compute's image_pull_secrets.",
         retryable=False,
+    )
+
+
+def _missing_claim(pod: Mapping[str, Any]) -> str | None:
+    """Return the name of a claim that the scheduler looks for in vain."""
+    said = str(find_condition(pod, "PodScheduled").get("message", ""))
+    match = _NO_CLAIM.search(said)
+    return match["claim"] if match is not None else None
+
+
+def _not_staged(
+    step: str, facts: Mapping[str, Any], compute: KubernetesComputeSpec
+) -> StepFailedError:
+    ended = f"the container {STAGE!r}, which takes the step's files, ended with exit code {facts.get('exitCode')}"
+    if compute.agent_image is None:
+        return StepFailedError(
+            step,
+            f"{ended}. Does its image {compute.helper_image!r} (the compute's helper_image) have sh and tar?",
+        )
+    said = " ".join(str(facts[key]) for key in ("reason", "message") if facts.get(key))[-_SHOWN:]
+    return StepFailedError(
+        step,
+        f"{ended} ({said}). Is its image {compute.agent_image!r} (the compute's agent_image) built from "
+        "images/agent/Dockerfile of the worker's release?",
     )
 
 
@@ -305,9 +364,9 @@ def _lost(
         )
     if why:
         message = f"the cluster took its pod away {when} ({why[:_SHOWN]}). {_NOT_TO_BLAME}"
-    else:
-        message = f"its pod was deleted {when}, by somebody or by the cluster (a drained or lost node). {_NOT_TO_BLAME}"
-    return StepFailedError(step, message, log_tail=log_tail)
+        return PodLostError(step, message, why=why[:_SHOWN].strip(": "), log_tail=log_tail)
+    message = f"its pod was deleted {when}, by somebody or by the cluster (a drained or lost node). {_NOT_TO_BLAME}"
+    return PodLostError(step, message, why=f"deleted {when}", log_tail=log_tail)
 
 
 def _pod_failed(
@@ -315,8 +374,7 @@ def _pod_failed(
 ) -> StepFailedError:
     status = pod.get("status", {})
     said = " ".join(str(status[key]) for key in ("reason", "message") if status.get(key))
-    return StepFailedError(
-        step,
-        f"its pod {spec.name!r} ended without its program ({said or status.get('phase')}). {_NOT_TO_BLAME}",
-        log_tail=log_tail,
-    )
+    message = f"its pod {spec.name!r} ended without its program ({said or status.get('phase')}). {_NOT_TO_BLAME}"
+    if status.get("reason") == "DeadlineExceeded":
+        return StepFailedError(step, message, log_tail=log_tail)
+    return PodLostError(step, message, why=said[:_SHOWN] or "it ended", log_tail=log_tail)

@@ -20,11 +20,13 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     ClusterError,
     ClusterLostError,
 )
+from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
     KILL_SECONDS,
     adoptable,
     belongs_to,
     is_of,
+    is_waiting,
 )
 from airflow_mlpipelines.compute.kubernetes.pod import (
     OWNER,
@@ -40,10 +42,11 @@ from airflow_mlpipelines.exceptions import ComputeUnavailableError
 from airflow_mlpipelines.runtime.nodes import GANG, TOKEN
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from airflow_mlpipelines.compute.base import StepLaunch
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
+    from airflow_mlpipelines.compute.kubernetes.detaching import Awaited
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
     from airflow_mlpipelines.definition.graph import KubernetesComputeSpec
 
@@ -205,8 +208,16 @@ def node_of(pod: Mapping[str, Any]) -> int:
     return int(pod["metadata"]["labels"][INDEX])
 
 
-def find_gang(cluster: Cluster, step_run_id: str, noted: str | None) -> Pods | None:
-    """Return all pods of an earlier try's gang, to adopt them; else remove what is there of it.
+def find_gang(
+    cluster: Cluster, step_run_id: str, noted: str | None, *, waits: bool = False
+) -> Pods | None:
+    """Return all pods of an earlier worker's gang, to go on with them; else remove what is there of it.
+
+    Args:
+        cluster: The cluster.
+        step_run_id: Whose gang it should be.
+        noted: The ``uid`` of the Job that an earlier worker noted.
+        waits: Whether it was left to itself: then pods that wait for their files are of use.
 
     Raises:
         ClusterError: The API server refuses.
@@ -223,13 +234,18 @@ def find_gang(cluster: Cluster, step_run_id: str, noted: str | None) -> Pods | N
         is_whole
         and not is_leaving(job)
         and noted in (None, uid)
-        and all(
-            adoptable(pod, step_run_id, pod["metadata"]["uid"] if noted else None) for pod in pods
-        )
+        and all(_is_of_use(pod, step_run_id, noted=noted is not None, waits=waits) for pod in pods)
     ):
         return pods
     remove_gang(cluster, step_run_id)
     return None
+
+
+def _is_of_use(pod: Mapping[str, Any], step_run_id: str, *, noted: bool, waits: bool) -> bool:
+    uid = pod["metadata"]["uid"]
+    if adoptable(pod, step_run_id, uid if noted else None):
+        return True
+    return waits and is_waiting(pod, step_run_id, uid)
 
 
 def discard_gang(cluster: Cluster, step_run_id: str, *, seconds: int = KILL_SECONDS) -> None:
@@ -291,3 +307,26 @@ def explain_missing_pods(cluster: Cluster, job: Mapping[str, Any]) -> str:
     except ClusterError:  # it need not be allowed
         events = ()
     return str(events[-1].get("message")) if events else "the cluster says nothing"
+
+
+def watch_gang(
+    spec: GangSpec,
+    compute: KubernetesComputeSpec,
+    pods: Iterable[Mapping[str, Any]],
+    awaits: Awaited,
+) -> PodWatch:
+    """Return what a trigger has to know of a gang's pods, but for the step's time and the logs."""
+    return PodWatch(
+        compute=compute.name,
+        namespace=compute.namespace,
+        conn_id=compute.conn_id,
+        in_cluster=compute.in_cluster,
+        selector=f"{STEP_RUN_LABEL}={label_value(spec.pod.step_run_id)}",
+        pods={str(pod["metadata"]["name"]): str(pod["metadata"]["uid"]) for pod in pods},
+        secret=spec.name,
+        awaits=awaits,
+        schedule_seconds=compute.schedule_timeout_seconds,
+        startup_seconds=compute.startup_timeout_seconds,
+        timeout_seconds=None,
+        job=spec.name,
+    )

@@ -3,17 +3,77 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import KEPT_DIRECTORIES
+from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
+from airflow_mlpipelines.compute.kubernetes.transfer import collect
+from airflow_mlpipelines.compute.threads import in_parallel
+from airflow_mlpipelines.exceptions import StepFailedError
 from airflow_mlpipelines.runtime.metrics import METRICS_FILE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from airflow_mlpipelines.compute.base import Stage
+    from airflow_mlpipelines.compute.base import Stage, StepLaunch
+    from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
+    from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 10
+
+
+def fetch_nodes(
+    cluster: Cluster,
+    launch: StepLaunch,
+    pod: PodSpec,
+    pods: Sequence[str],
+    *,
+    with_outputs: bool,
+) -> None:
+    """Bring to the worker what all nodes have made, as if they had shared their directories.
+
+    Args:
+        cluster: The cluster.
+        launch: The step run.
+        pod: Any of its pods.
+        pods: The names of all, by node.
+        with_outputs: Whether the step succeeded; else what can't be had is only told of.
+
+    Raises:
+        StepFailedError: Outputs can't be fetched.
+    """
+    fetched: list[int] = []
+
+    def fetch(node: int) -> None:
+        named = replace(pod, name=pods[node])
+        own = replace(launch, stage=stage_of_node(launch.stage, node))
+        try:
+            collect(cluster.again(), named, own, emit=log.info, with_outputs=with_outputs)
+        except ClusterError as error:
+            if with_outputs:
+                raise StepFailedError(
+                    launch.step_name,
+                    f"it ended well, but its outputs can't be fetched from pod {named.name!r}: {error}",
+                ) from error
+            log.warning("The files of pod %s can't be fetched: %s", named.name, error)
+        else:
+            fetched.append(node)
+
+    in_parallel(fetch, range(len(pods)))
+    for node in sorted(fetched):
+        refused = merge_node(launch.stage, node) if node else []
+        if refused:
+            log.warning(
+                "Of files that several nodes have written, that of the lowest node is kept. Not kept of node %s: %s",
+                node,
+                ", ".join(refused[:_SHOWN]),
+            )
 
 
 def stage_of_node(stage: Stage, node: int) -> Stage:
@@ -22,7 +82,15 @@ def stage_of_node(stage: Stage, node: int) -> Stage:
         return stage
     root = stage.root / "nodes" / str(node)
     own = replace(
-        stage, root=root, code=root / "code", run=root / "run", outputs_root=root / "outputs"
+        stage,
+        root=root,
+        code=root / "code",
+        run=root / "run",
+        outputs_root=root / "outputs",
+        outputs={
+            name: root / "outputs" / path.relative_to(stage.outputs_root)
+            for name, path in stage.outputs.items()
+        },
     )
     for directory in (own.code, own.run, own.outputs_root):
         directory.mkdir(parents=True, exist_ok=True)

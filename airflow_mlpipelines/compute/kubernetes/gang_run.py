@@ -11,35 +11,53 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlpipelines.compute.base import DetachedError
 from airflow_mlpipelines.compute.gang_logs import GangLogs
+from airflow_mlpipelines.compute.kubernetes.attending import choose_stay
 from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError, ClusterLostError
-from airflow_mlpipelines.compute.kubernetes.failures import end_failure
+from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews
+from airflow_mlpipelines.compute.kubernetes.failures import end_failure, lost_unseen
 from airflow_mlpipelines.compute.kubernetes.gang import (
     await_gang_removal,
     create_belongings,
     create_gang,
     discard_gang,
     find_gang,
+    remove_gang,
+    watch_gang,
 )
-from airflow_mlpipelines.compute.kubernetes.gang_files import merge_node, stage_of_node
-from airflow_mlpipelines.compute.kubernetes.gang_start import at_node, await_pods
-from airflow_mlpipelines.compute.kubernetes.lifetime import KILL_SECONDS, belongs_to
+from airflow_mlpipelines.compute.kubernetes.gang_files import fetch_nodes
+from airflow_mlpipelines.compute.kubernetes.gang_start import (
+    GangStillWaitingError,
+    at_node,
+    await_pods,
+)
+from airflow_mlpipelines.compute.kubernetes.lifetime import KILL_SECONDS, belongs_to, has_files
 from airflow_mlpipelines.compute.kubernetes.logs import LogFollower
 from airflow_mlpipelines.compute.kubernetes.pod import OWNER, STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
-from airflow_mlpipelines.compute.kubernetes.transfer import collect, deliver
-from airflow_mlpipelines.compute.kubernetes.watch import PodEnd, container_state, watch_step
+from airflow_mlpipelines.compute.kubernetes.transfer import deliver
+from airflow_mlpipelines.compute.kubernetes.volumes import hand_over, look_again
+from airflow_mlpipelines.compute.kubernetes.watch import (
+    Observer,
+    PodEnd,
+    StillWaitingError,
+    container_state,
+    is_over,
+    watch_step,
+)
 from airflow_mlpipelines.compute.threads import in_parallel
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 from airflow_mlpipelines.runtime.nodes import FOLLOWED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
-    from airflow_mlpipelines.compute.base import Emit, HandleStore, StepLaunch
+    from airflow_mlpipelines.compute.base import Emit, StepLaunch
     from airflow_mlpipelines.compute.kubernetes.attending import Stops
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.gang import GangSpec, Pods
+    from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +78,7 @@ class GangAttendant:
         spec: GangSpec,
         *,
         token: str,
-        handle: HandleStore,
+        note: PodNote,
         stops: Stops,
     ) -> None:
         """Prepare, with what :class:`~airflow_mlpipelines.compute.kubernetes.attending.PodAttendant` takes."""
@@ -68,55 +86,121 @@ class GangAttendant:
         self._launch = launch
         self._spec = spec
         self._token = token
-        self._handle = handle
+        self._note = note
         self._stops = stops
+        self._news = PodNews.from_dict(launch.news) if launch.news is not None else None
+        self._left: set[str] = set()
+        self._positions: dict[str, Mapping[str, Any] | None] = {}
 
     def run(self, emit: Emit) -> None:
         """Run all nodes to their end, or adopt those of an earlier try; what they made is on the worker then.
 
         Raises:
+            DetachedError: They take long, and go on without this worker.
             StepFailedError: They did not start, were killed, or one ended with another exit code than 0.
             ComputeUnavailableError: They did not all get a place in time.
             ClusterError: The cluster refuses.
             ClusterLostError: It does not answer. What runs is left alone, for the next try to adopt.
         """
-        noted = (self._handle.get() or {}).get("job")
-        pods = find_gang(self._cluster, self._launch.step_run_id, noted)
+        self._stays_until = choose_stay(
+            self._launch, self._cluster.compute, self._news, self._spec.name
+        )
+        pods = self._find()
         if pods is None:
-            self._create()
+            if self._stops.killed:
+                raise self._was_killed()
+            hand_over(self._spec.pod)
+            self._prepare(create_gang(self._cluster, self._spec, self._token))
         else:
             body = {"metadata": {"annotations": {OWNER: self._token}}}
             self._cluster.ask("PATCH", f"jobs/{self._spec.name}", body=body)
-            log.info("Adopting Job %s of an earlier try, with its log so far:", self._spec.name)
+            if self._news is None:
+                log.info("Adopting Job %s of an earlier try, with its log so far:", self._spec.name)
+            else:
+                log.info("Going on with Job %s: %s", self._spec.name, self._news.reason)
+            if not all(has_files(pod) for pod in pods):
+                self._prepare(None)
         self._check(self._attend(emit))
 
-    def _create(self) -> None:
-        """Make all pods, and give them their files; whatever fails on the way leaves none."""
+    def _find(self) -> Pods | None:
+        """Return the pods to go on with; None if there are to be new ones."""
+        note, step_run_id = self._note, self._launch.step_run_id
+        waits = note.awaits is not None
+        found = find_gang(self._cluster, step_run_id, note.job, waits=waits)
+        if found is None and self._news is not None:
+            seen = [self._news.pods[name] for name in sorted(self._news.pods)]
+            gone = [pod for pod in seen if is_over(pod)]
+            note.set(None)
+            raise lost_unseen(self._launch.step_name, next(iter(gone or seen), None))
+        return found
+
+    def _prepare(self, job: Mapping[str, Any] | None) -> None:
+        """Give all pods their files; whatever fails on the way leaves none. ``job`` is one made now."""
         cluster, spec = self._cluster, self._spec
-        if self._stops.killed:
-            raise self._was_killed()
-        job = create_gang(cluster, spec, self._token)
         try:
             # Noted before anything of the program can run: whatever runs can be found again.
-            self._handle.set({"launcher": "kubernetes", "job": job["metadata"]["uid"]})
-            log.info("Job %s in namespace %s", spec.name, cluster.namespace)
-            create_belongings(cluster, spec, job)
-            pods = self._await(lambda pod: container_state(pod, STAGE)[0] == "running")
-            in_parallel(self._deliver, pods)
+            if job is not None:
+                self._note.set(None, job=job["metadata"]["uid"])
+                log.info("Job %s in namespace %s", spec.name, cluster.namespace)
+                create_belongings(cluster, spec, job)
+            pods = self._await(
+                lambda pod: has_files(pod) or container_state(pod, STAGE)[0] == "running",
+                Awaited.FILES,
+            )
+            self._note.set(None, job=self._note.job)
+            in_parallel(self._deliver, [pod for pod in pods if not has_files(pod)])
+        except DetachedError:
+            raise
         except BaseException:
             with suppress(ClusterError):
                 discard_gang(cluster.again(), self._launch.step_run_id)
-            self._handle.set(None)
+            self._note.set(None)
             raise
+
+    def _detach(
+        self,
+        pods: Iterable[Mapping[str, Any]],
+        awaits: Awaited,
+        logs: Mapping[str, Mapping[str, Any] | None] | None = None,
+    ) -> DetachedError:
+        """Return what to raise to leave the pods to themselves; ``logs`` says how far they were handed on."""
+        spec, compute = self._spec, self._cluster.compute
+        self._note.set(None, job=self._note.job, awaits=awaits.value)
+        what = "wait for their nodes and images" if awaits is Awaited.FILES else "go on"
+        log.info("The pods of Job %s %s without a worker; their log follows here", spec.name, what)
+        watch = watch_gang(spec, compute, pods, awaits)
+        known = {name: self._log_position(name) for name in watch.pods}
+        watch = replace(
+            watch, timeout_seconds=self._launch.timeout_seconds, logs={**known, **(logs or {})}
+        )
+        return DetachedError(watch.to_dict())
+
+    def _log_position(self, pod: str) -> Mapping[str, Any] | None:
+        """Return how far the pod's log was handed on before this worker came."""
+        return self._news.logs.get(pod) if self._news is not None else None
 
     def _deliver(self, pod: Mapping[str, Any]) -> None:
         named = replace(self._spec.pod, name=pod["metadata"]["name"])
         deliver(self._cluster.again(), named, self._launch.stage)
 
-    def _await(self, done: Callable[[Mapping[str, Any]], bool]) -> Pods:
-        pods = await_pods(
-            self._cluster, self._launch.step_name, self._spec, done, lambda: self._stops.killed
-        )
+    def _await(self, done: Callable[[Mapping[str, Any]], bool], awaits: Awaited) -> Pods:
+        """Return all pods once they are ``done``.
+
+        Raises:
+            DetachedError: This worker has stayed with them for long enough.
+        """
+        try:
+            pods = await_pods(
+                self._cluster,
+                self._launch.step_name,
+                self._spec,
+                done,
+                is_stopped=lambda: self._stops.killed,
+                until=self._stays_until,
+                found=self._news.reason if self._news is not None else None,
+            )
+        except GangStillWaitingError as error:
+            raise self._detach(error.pods, awaits) from None
         if self._stops.killed:
             raise self._was_killed()
         return pods
@@ -127,7 +211,7 @@ class GangAttendant:
         over = threading.Event()
         logs: GangLogs[PodEnd] | None = None
         try:
-            pods = self._await(lambda pod: container_state(pod, STEP)[0] != "waiting")
+            pods = self._await(lambda pod: container_state(pod, STEP)[0] != "waiting", Awaited.END)
             if self._launch.timeout_seconds is not None:
                 arguments = (pods[0], self._launch.timeout_seconds, over)
                 threading.Thread(target=self._enforce_timeout, args=arguments, daemon=True).start()
@@ -135,14 +219,19 @@ class GangAttendant:
             first = str(pods[0]["metadata"]["name"])
             with RunFileRelay(cluster, first, self._launch.stage):
                 self._await_all(logs)
+            if self._left and not self._stops:
+                ends = (end.pod for end in logs.ends.values())
+                raise self._detach(ends, Awaited.END, self._positions)
             job = cluster.find("jobs", self._spec.name)
             if job is not None and not belongs_to(job, self._token):
                 raise StepFailedError(
                     self._launch.step_name,
                     "a later try has adopted its pods, and goes on with them",
                 )
-            self._fetch(logs)
-        except (ClusterLostError, ClusterError):
+            succeeded = not self._stops and all(_code(end) == 0 for end in logs.ends.values())
+            names = [str(end.pod["metadata"]["name"]) for _, end in sorted(logs.ends.items())]
+            fetch_nodes(cluster, self._launch, self._spec.pod, names, with_outputs=succeeded)
+        except (ClusterLostError, ClusterError, DetachedError):
             raise  # the pods are left alone, for the next try to adopt
         except BaseException as error:
             # Above all a timeout or an interrupt, which Airflow raises in here.
@@ -154,23 +243,46 @@ class GangAttendant:
                     if not isinstance(error, StepFailedError | ComputeUnavailableError):
                         await_gang_removal(own, step_run_id, seconds=_INTERRUPTED_SECONDS)
                 if job is None or belongs_to(job, self._token):
-                    self._handle.set(None)
+                    self._note.set(None)
             raise
         finally:
             over.set()
             if logs is not None:
                 logs.close()
-        with suppress(ClusterError):  # what is left, the next try removes
-            discard_gang(cluster, step_run_id, seconds=1)
-        if self._stops and not await_gang_removal(cluster, step_run_id, seconds=_GONE_SECONDS):
-            log.warning("Pods of Job %s are still ending", self._spec.name)
-        self._handle.set(None)
+        self._remove()
+        self._note.set(None)
         return logs
 
+    def _remove(self) -> None:
+        """Remove pods whose ends are known, and of which nothing is needed any more."""
+        cluster, step_run_id = self._cluster, self._launch.step_run_id
+        with suppress(ClusterError):  # what is left, the next try removes
+            discard_gang(cluster, step_run_id, seconds=1)
+        if self._spec.pod.written:  # only what can't change any more is digested
+            remove_gang(cluster, step_run_id)
+            look_again(self._launch.stage.outputs_root)
+        elif self._stops and not await_gang_removal(cluster, step_run_id, seconds=_GONE_SECONDS):
+            log.warning("Pods of Job %s are still ending", self._spec.name)
+
     def _watch(self, pod: Mapping[str, Any], emit: Emit) -> PodEnd:
-        cluster = self._cluster.again()
-        follower = LogFollower(cluster, pod["metadata"]["name"], emit)
-        return watch_step(cluster, pod, follower, is_stopped=lambda: bool(self._stops))
+        """Return how a node has ended, or, without an end, how it is when this worker has stayed long enough."""
+        cluster, name = self._cluster.again(), str(pod["metadata"]["name"])
+        follower = LogFollower(cluster, name, emit, self._log_position(name))
+        try:
+            with Observer(cluster, pod) as observer:
+                return watch_step(
+                    cluster,
+                    pod,
+                    follower,
+                    observer=observer,
+                    is_stopped=lambda: bool(self._stops),
+                    until=self._stays_until,
+                )
+        except StillWaitingError as error:
+            self._left.add(name)
+            return PodEnd(error.pod, None)
+        finally:
+            self._positions[name] = follower.to_dict()
 
     def _await_all(self, logs: GangLogs[PodEnd]) -> None:
         """Hand on the logs until all nodes have ended; where one has failed, none outlives it for long."""
@@ -185,40 +297,8 @@ class GangAttendant:
                     discard_gang(own, self._launch.step_run_id, seconds=grace)
                 grace = 0  # next time, of a node that does not answer
                 deadline = time.monotonic() + _FORCE_SECONDS
-            elif deadline is None and _code(ended[1]) != 0:
+            elif deadline is None and _code(ended[1]) != 0 and not self._left:
                 deadline = time.monotonic() + _FOLLOW_SECONDS
-
-    def _fetch(self, logs: GangLogs[PodEnd]) -> None:
-        """Bring to the worker what all nodes have made, as if they had shared their directories."""
-        stage = self._launch.stage
-        succeeded = not self._stops and all(_code(end) == 0 for end in logs.ends.values())
-        fetched: list[int] = []
-
-        def fetch(node: int) -> None:
-            name = str(logs.ends[node].pod["metadata"]["name"])
-            own = stage_of_node(stage, node)
-            try:
-                collect(self._cluster.again(), name, own, with_outputs=succeeded)
-            except ClusterError as error:
-                if succeeded:
-                    raise StepFailedError(
-                        self._launch.step_name,
-                        f"it ended well, but its outputs can't be fetched from pod {name!r}: {error}",
-                    ) from error
-                log.warning("The files of pod %s can't be fetched: %s", name, error)
-            else:
-                fetched.append(node)
-
-        in_parallel(fetch, sorted(logs.ends))
-        for node in sorted(fetched):
-            refused = merge_node(stage, node) if node else []
-            if refused:
-                log.warning(
-                    "Of files that several nodes have written, that of the lowest node is kept. Not kept of node "
-                    "%s: %s",
-                    node,
-                    ", ".join(refused[:10]),
-                )
 
     def _enforce_timeout(
         self, pod: Mapping[str, Any], seconds: float, over: threading.Event

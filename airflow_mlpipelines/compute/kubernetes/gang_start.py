@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     ClusterError,
     ClusterLostError,
 )
+from airflow_mlpipelines.compute.kubernetes.detaching import Reason
 from airflow_mlpipelines.compute.kubernetes.failures import (
     is_hopeless,
     start_failure,
@@ -36,16 +38,37 @@ _LONGEST_PAUSE = 2.0
 _SHOWN = 400
 
 
+class GangStillWaitingError(Exception):
+    """The pods, which are all there, have not got as far, and whoever waits has no more time for them."""
+
+    def __init__(self, pods: Pods) -> None:
+        self.pods = pods
+        super().__init__("still waiting")
+
+
 def await_pods(
     cluster: Cluster,
     step: str,
     spec: GangSpec,
     done: Callable[[Mapping[str, Any]], bool],
+    *,
     is_stopped: Callable[[], bool],
+    until: float = math.inf,
+    found: Reason | None = None,
 ) -> Pods:
     """Return the pods of all nodes once each is ``done``, or those that there are once ``is_stopped``.
 
+    Args:
+        cluster: The cluster.
+        step: The step's name.
+        spec: The gang.
+        done: Whether a pod has got as far.
+        is_stopped: Whether this worker has told the pods to end.
+        until: A time of :func:`time.monotonic` after which pods that are all there are waited for no longer.
+        found: Why a trigger has called this worker: time that pods have waited before it came.
+
     Raises:
+        GangStillWaitingError: It is time for this worker to do something else.
         StepFailedError: One will never be.
         ComputeUnavailableError: It took too long; the message names the nodes that are missing.
         ClusterError: The API server refuses.
@@ -64,6 +87,8 @@ def await_pods(
         if placed_at is None and whole and all(pod["spec"].get("nodeName") for pod in pods):
             placed_at = now
         waited = now - (began if placed_at is None else placed_at)
+        if found in (Reason.HOPELESS, Reason.UNSCHEDULED, Reason.UNSTARTED):
+            waited = math.inf
         for pod in pods:
             if not done(pod) and (is_over(pod) or is_hopeless(pod, waited)):
                 raise at_node(start_failure(step, pod, spec.pod, compute), pod, spec)
@@ -73,6 +98,8 @@ def await_pods(
             late = next(pod for pod in pods if not done(pod))
             timeout = StartTimeoutError(late, scheduled=True)
             raise at_node(timeout_failure(step, timeout, spec.pod, compute), late, spec)
+        if whole and now > until:
+            raise GangStillWaitingError(pods)
         time.sleep(pause)
         pause = min(1.2 * pause, _LONGEST_PAUSE)
 

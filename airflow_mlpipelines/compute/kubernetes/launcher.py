@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import Launcher
 from airflow_mlpipelines.compute.container_layout import container_paths
+from airflow_mlpipelines.compute.kubernetes.agent import add_agent, can_carry
 from airflow_mlpipelines.compute.kubernetes.attending import PodAttendant, Stops
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     PATIENCE_SECONDS,
@@ -19,7 +20,8 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     ClusterLostError,
     connect,
 )
-from airflow_mlpipelines.compute.kubernetes.failures import refusal
+from airflow_mlpipelines.compute.kubernetes.detaching import PodNews
+from airflow_mlpipelines.compute.kubernetes.failures import PodLostError, lost_unseen, refusal
 from airflow_mlpipelines.compute.kubernetes.gang import (
     discard_gang,
     find_gang,
@@ -32,11 +34,15 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     KILL_SECONDS,
     adoptable,
     belongs_to,
+    has_files,
     is_of,
+    is_waiting,
     remove_pod,
 )
 from airflow_mlpipelines.compute.kubernetes.pod import plan_pod, pod_name
+from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
 from airflow_mlpipelines.compute.kubernetes.template import lay_over, read_template
+from airflow_mlpipelines.compute.kubernetes.volumes import SHARED_WORK, mount_shared
 from airflow_mlpipelines.exceptions import DataError, StepFailedError
 
 if TYPE_CHECKING:
@@ -54,6 +60,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
     from airflow_mlpipelines.definition.graph import EnvironmentSpec, KubernetesComputeSpec
+    from airflow_mlpipelines.storage.stores import Store
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +72,12 @@ _KILL_ANSWER_SECONDS = 1.0
 class KubernetesLauncher(Launcher):
     """Runs one step as one pod of a Kubernetes cluster; on several nodes, as the pods of a Job.
 
-    The worker waits for its pod, and all data travel through the API server: this suits steps whose
-    inputs and outputs are some gigabytes at most. A GPU model (``gpu_type``) is asked for by the node label
+    All data travel through a worker and the API server: this suits steps whose inputs and outputs are some
+    gigabytes at most. A GPU model (``gpu_type``) is asked for by the node label
     ``<gpu_resource>.product``, such as ``nvidia.com/gpu.product``, which NVIDIA's feature discovery sets.
     """
+
+    carries_files = True
 
     def __init__(self, compute: KubernetesComputeSpec) -> None:
         self._compute = compute
@@ -104,6 +113,10 @@ class KubernetesLauncher(Launcher):
         """
         return self._images.prepare(environment, resolved, emit=emit, guard=self.build_guard)
 
+    def can_carry(self, store: Store) -> bool:
+        """Return whether the pod's agent can open ``store``, as any machine can that has its credentials."""
+        return can_carry(self._compute, store)
+
     def recall_environment(
         self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
     ) -> ResolvedEnvironment | None:
@@ -131,51 +144,53 @@ class KubernetesLauncher(Launcher):
     # ---- the pod ---------------------------------------------------------------------------
 
     def recover(self, step_run_id: str, handle: HandleStore) -> bool:
-        """Return whether an earlier try's pod is there to adopt: its step runs, or nobody has read its end.
+        """Return whether an earlier worker's pod is there to adopt: its step runs, or nobody has read its end.
 
-        Any other pod of this step run is removed.
+        Any other pod of this step run is removed, but for one that was left to itself and waits for its files.
 
         Raises:
             ComputeUnavailableError: The cluster does not answer.
         """
         with self._in_words(step_run_id):
-            noted = handle.get() or {}
-            if "job" in noted:
-                return find_gang(self._cluster, step_run_id, noted["job"]) is not None
-            return self._find_survivor(step_run_id, handle) is not None
+            note = PodNote(handle)
+            if note.job is not None:
+                waits = note.awaits is not None
+                pods = find_gang(self._cluster, step_run_id, note.job, waits=waits)
+                return pods is not None and all(has_files(pod) for pod in pods)
+            found = self._find_survivor(step_run_id, note)
+        return found is not None and has_files(found)
 
     def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
         """Run the step's pod to its end; an earlier try's is adopted, with its whole log.
 
         Raises:
+            DetachedError: It takes long, and goes on without this worker.
+            RelaunchError: The cluster took the pod away, for which a program is not to blame.
             StepFailedError: It did not start, or ended with another exit code than 0.
             ComputeUnavailableError: The cluster does not answer. A pod that runs is left alone, for the
                 next try to adopt.
         """
-        tail: deque[str] = deque(maxlen=_TAIL_LINES)
-
-        def hand_on(line: str) -> None:
-            tail.append(line[:_TAIL_CHARACTERS])
-            emit(line)
-
         stage = launch.stage
         for directory in (stage.root, stage.code, stage.run, stage.outputs_root):
             # An adopted pod's first worker may have been another machine.
             directory.mkdir(parents=True, exist_ok=True)
-        if launch.nodes > 1:
-            self._run_gang(launch, emit, handle)
-            return
-        with self._in_words(launch.step_name):
-            spec = self._plan(launch)
-            attendant = PodAttendant(
-                self._cluster, launch, spec, token=self._token, handle=handle, stops=self._stops
-            )
-            self._name = spec.name
-            try:
-                end = attendant.run(self._find_survivor(launch.step_run_id, handle), hand_on)
-            finally:
-                self._name = None
-        attendant.check(end, tuple(tail))
+        note = PodNote(handle)
+        try:
+            with self._in_words(launch.step_name):
+                if launch.nodes > 1:
+                    self._run_gang(launch, emit, note)
+                else:
+                    self._run_pod(launch, emit, note)
+        except PodLostError as lost:
+            again = note.charge(lost)
+            if again is None:
+                raise
+            raise again from lost
+        except StepFailedError:
+            if note.is_empty:  # else it is another try's by now
+                note.forget()
+            raise
+        note.forget()
 
     def kill(self) -> None:
         """Have the pod deleted: two seconds after SIGTERM, nothing in it is left.
@@ -200,22 +215,43 @@ class KubernetesLauncher(Launcher):
             if belongs_to(pod, self._token):
                 own.delete("pods", name, seconds=KILL_SECONDS, uid=pod["metadata"]["uid"])
 
-    def _run_gang(self, launch: StepLaunch, emit: Emit, handle: HandleStore) -> None:
-        with self._in_words(launch.step_name):
-            prepared = prepare_launch(launch, self._compute)
-            spec = plan_gang(self._plan(prepared), prepared)
-            attendant = GangAttendant(
-                self._cluster, prepared, spec, token=self._token, handle=handle, stops=self._stops
-            )
-            self._gang, self._name = launch.step_run_id, spec.name
-            try:
-                attendant.run(emit)
-            finally:
-                self._name = None
+    def _run_pod(self, launch: StepLaunch, emit: Emit, note: PodNote) -> None:
+        tail: deque[str] = deque(maxlen=_TAIL_LINES)
+
+        def hand_on(line: str) -> None:
+            tail.append(line[:_TAIL_CHARACTERS])
+            emit(line)
+
+        spec = self._plan(launch)
+        attendant = PodAttendant(
+            self._cluster, launch, spec, token=self._token, note=note, stops=self._stops
+        )
+        self._name = spec.name
+        try:
+            end = attendant.run(self._find_pod(launch, note), hand_on)
+        finally:
+            self._name = None
+        attendant.check(end, tuple(tail))
+
+    def _run_gang(self, launch: StepLaunch, emit: Emit, note: PodNote) -> None:
+        prepared = prepare_launch(launch, self._compute)
+        spec = plan_gang(self._plan(prepared), prepared)
+        attendant = GangAttendant(
+            self._cluster, prepared, spec, token=self._token, note=note, stops=self._stops
+        )
+        self._gang, self._name = launch.step_run_id, spec.name
+        try:
+            attendant.run(emit)
+        finally:
+            self._name = None
 
     def _plan(self, launch: StepLaunch) -> PodSpec:
         image = self._images.name or launch.image or ""
         spec = plan_pod(launch, self._compute, image_name=image)
+        if launch.carriage:
+            spec = add_agent(spec, launch, self._compute)
+        spec = mount_shared(spec, launch, self._compute)
+        self.carries_files = SHARED_WORK not in spec.shared
         if self._compute.pod_template_file is not None:
             try:
                 template = read_template(self._compute.pod_template_file)
@@ -224,14 +260,25 @@ class KubernetesLauncher(Launcher):
             spec.manifest.update(lay_over(template, spec.manifest))
         return spec
 
-    def _find_survivor(self, step_run_id: str, handle: HandleStore) -> Mapping[str, Any] | None:
-        """Return the pod of an earlier try to adopt; remove what is not to be adopted."""
+    def _find_pod(self, launch: StepLaunch, note: PodNote) -> Mapping[str, Any] | None:
+        """Return the pod to go on with; None if there is to be a new one."""
+        if launch.news is None:
+            return self._find_survivor(launch.step_run_id, note)
+        name = pod_name(launch.step_run_id)
+        found, _ = self._cluster.find_patiently("pods", name, patience=PATIENCE_SECONDS)
+        if found is None or found["metadata"]["uid"] != note.pod:
+            raise lost_unseen(launch.step_name, PodNews.from_dict(launch.news).pods.get(name))
+        return found
+
+    def _find_survivor(self, step_run_id: str, note: PodNote) -> Mapping[str, Any] | None:
+        """Return the pod of an earlier worker to go on with; remove what is of no use."""
         cluster = self._cluster
         found, _ = cluster.find_patiently("pods", pod_name(step_run_id), patience=PATIENCE_SECONDS)
         if found is None:
             return None
-        noted = (handle.get() or {}).get("pod")
-        if adoptable(found, step_run_id, noted):
+        if adoptable(found, step_run_id, note.pod) or (
+            note.awaits is not None and is_waiting(found, step_run_id, note.pod)
+        ):
             return found
         if not is_of(found, step_run_id):
             return None  # it only has the name; making ours will say so

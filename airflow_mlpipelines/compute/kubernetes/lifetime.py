@@ -19,6 +19,7 @@ from airflow_mlpipelines.compute.kubernetes.pod import (
     label_value,
     secret_manifest,
 )
+from airflow_mlpipelines.compute.kubernetes.volumes import has_helpers, writes_in_place
 from airflow_mlpipelines.compute.kubernetes.watch import (
     ENDED_PHASES,
     await_removal,
@@ -96,7 +97,7 @@ def discard(cluster: Cluster, spec: PodSpec, pod: Mapping[str, Any], *, seconds:
         ClusterError: The cluster does not answer.
     """
     cluster.delete("pods", spec.name, seconds=seconds, uid=pod["metadata"]["uid"])
-    if spec.secrets:
+    if spec.needs_secret:
         cluster.delete("secrets", spec.name, seconds=0)
 
 
@@ -104,7 +105,8 @@ def remove_pod(cluster: Cluster, pod: Mapping[str, Any]) -> None:
     """Delete the pod, and wait until it is gone.
 
     One whose node does not answer is taken out of the cluster's books after a minute: whatever still runs there
-    can reach nothing of the step, whose data go through a worker only.
+    can reach nothing of the step, whose data go through a worker only. Not so if it has a volume that others have
+    as well.
 
     Raises:
         ClusterError: The cluster does not answer.
@@ -115,6 +117,11 @@ def remove_pod(cluster: Cluster, pod: Mapping[str, Any]) -> None:
     cluster.delete("pods", name, seconds=KILL_SECONDS, uid=uid)
     if await_removal(cluster, name, uid, seconds=_REMOVAL_SECONDS):
         return
+    if writes_in_place(pod):
+        raise ComputeUnavailableError(
+            f"The pod {name!r} in namespace {cluster.namespace!r} does not end, and may still write to a shared volume. "
+            "Does its node answer? If the node is lost, remove it from the cluster (kubectl delete node)."
+        )
     cluster.delete("pods", name, seconds=0, uid=uid)
     if not await_removal(cluster, name, uid, seconds=_FORCED_REMOVAL_SECONDS):
         raise ComputeUnavailableError(
@@ -145,15 +152,30 @@ def adoptable(pod: Mapping[str, Any], step_run_id: str, noted: str | None) -> bo
     """
     if not is_of(pod, step_run_id) or is_leaving(pod):
         return False
-    if pod.get("status", {}).get("phase") in ENDED_PHASES:
+    if has_helpers(pod) and pod.get("status", {}).get("phase") in ENDED_PHASES:
         return False
-    state, facts = container_state(pod, STAGE)
-    if state != "terminated" or facts.get("exitCode") != 0:
+    if not has_files(pod):
         return False
     uid = pod["metadata"]["uid"]
     if container_state(pod, STEP)[0] == "terminated":
         return bool(noted == uid)
     return noted in (None, uid)
+
+
+def is_waiting(pod: Mapping[str, Any], step_run_id: str, noted: str | None) -> bool:
+    """Return whether this very pod waits for its files: its place in the cluster's queue is not given up."""
+    if not is_of(pod, step_run_id) or is_leaving(pod) or pod["metadata"]["uid"] != noted:
+        return False
+    is_ended = pod.get("status", {}).get("phase") in ENDED_PHASES
+    return not is_ended and container_state(pod, STAGE)[0] != "terminated"
+
+
+def has_files(pod: Mapping[str, Any]) -> bool:
+    """Return whether the pod has got all of its files, or has no need of any."""
+    if not has_helpers(pod):
+        return True
+    state, facts = container_state(pod, STAGE)
+    return state == "terminated" and facts.get("exitCode") == 0
 
 
 def is_of(pod: Mapping[str, Any], step_run_id: str) -> bool:

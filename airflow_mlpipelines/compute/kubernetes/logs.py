@@ -7,64 +7,94 @@ A line that is still being written may break anywhere: then its beginning is lef
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.kubernetes.pod import STEP
 from airflow_mlpipelines.compute.log_lines import LineFolder
 from airflow_mlpipelines.compute.log_position import LogEntry, LogPosition
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from airflow_mlpipelines.compute.base import Emit
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
 
 _SILENCE_SECONDS = 30.0
+_SHORTEST_SILENCE_SECONDS = 1.0
 _CHUNK = 64 << 10
 _LONGEST_TIME = 64
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
 
 
-class LogFollower:
-    """Hands the lines of one pod's step on, in order, each of them once."""
+class StepLog:
+    """Makes lines of what arrives of one step's log over connections that break: each of them once.
 
-    def __init__(self, cluster: Cluster, pod: str, emit: Emit) -> None:
-        self._cluster = cluster
-        self._pod = pod
-        self._emit = emit
-        self._position = LogPosition()
-        self._folder = LineFolder()
-        self._broken: tuple[str, int] | None = None
+    It reads nothing by itself, so it serves a worker's thread as well as a trigger.
+    """
 
-    def read(self, *, follow: bool) -> None:
-        """Hand on what was not read yet; with ``follow``, until the step ends.
+    def __init__(
+        self, emit: Callable[[str, str], None], position: Mapping[str, Any] | None = None
+    ) -> None:
+        """Begin where the log begins, or go on where somebody else has stopped.
 
-        Raises:
-            ClusterError: The connection broke. Call it again to go on where it stopped.
+        Args:
+            emit: Takes the time at which a line was printed, as the kubelet has it, and the line.
+            position: What :meth:`to_dict` of whoever read before returned.
         """
+        self._emit = emit
+        self._folder = LineFolder()
+        self._position = LogPosition()
+        self._broken: tuple[str, int] | None = None
+        self._time = ""
+        if position is not None:
+            self._position = LogPosition.from_dict(position)
+            if position["broken"] is not None:
+                time, known = position["broken"]
+                self._broken = (str(time), int(known))
+        self._reader = _LineReader(self)
+
+    def open(self, *, follow: bool) -> dict[str, str]:
+        """Return the query of a new connection, whose answer is for :meth:`feed`."""
+        self._reader = _LineReader(self)
         query = {"container": STEP, "timestamps": "true", "follow": "true" if follow else "false"}
         since = self._position.reopen()
         if since is not None:
             query["sinceTime"] = _rfc3339(since)
-        reader = _LineReader(self)
-        try:
-            with self._cluster.open(
-                f"pods/{self._pod}/log", query=query, seconds=_SILENCE_SECONDS
-            ) as response:
-                while data := response.read1(_CHUNK):
-                    reader.feed(data)
-        finally:
-            reader.stop()
+        return query
+
+    def feed(self, data: bytes) -> None:
+        """Hand on the lines that ``data`` completes."""
+        self._reader.feed(data)
+
+    def close(self) -> None:
+        """The connection has ended, perhaps in the middle of a line."""
+        self._reader.stop()
 
     def finish(self) -> None:
         """Hand on the rest of a log whose step has ended."""
         for line in self._folder.finish():
-            self._emit(line)
+            self._emit(self._time, line)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return, after :meth:`close`, where somebody else is to go on: a small JSON form.
+
+        Of a line without an end, what was not handed on yet is read again.
+        """
+        broken = None
+        if self._broken is not None:
+            time, known = self._broken
+            broken = [time, known - self._folder.pending]
+        return {**self._position.to_dict(), "broken": broken}
 
     def begin_line(self, time: str) -> int | None:
         """Return how many bytes of the line that begins here are known; None if it is known as a whole."""
         if not self._position.is_new(LogEntry(time, 0, b"")):
             return None
+        self._time = time
         if self._broken is None or self._broken[0] != time:
             return 0
         (_, known), self._broken = self._broken, None
@@ -73,7 +103,7 @@ class LogFollower:
     def take(self, data: bytes) -> None:
         """Hand on a piece of the log."""
         for line in self._folder.feed(data):
-            self._emit(line)
+            self._emit(self._time, line)
 
     def break_line(self, time: str, known: int) -> None:
         """Remember that a line was read only in part."""
@@ -81,10 +111,59 @@ class LogFollower:
         self._broken = (time, known)
 
 
+class LogFollower:
+    """Hands the lines of one container of a pod on, in order, each of them once."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        pod: str,
+        emit: Emit,
+        position: Mapping[str, Any] | None = None,
+        *,
+        container: str = STEP,
+    ) -> None:
+        self._cluster = cluster
+        self._pod = pod
+        self._container = container
+        self._log = StepLog(lambda _time, line: emit(line), position)
+
+    def read(self, *, follow: bool, until: float = math.inf) -> None:
+        """Hand on what was not read yet; with ``follow``, until the step ends or it is ``until`` o'clock.
+
+        Args:
+            follow: Whether to wait for more.
+            until: A time of :func:`time.monotonic`.
+
+        Raises:
+            ClusterError: The connection broke. Call it again to go on where it stopped.
+        """
+        query = {**self._log.open(follow=follow), "container": self._container}
+        seconds = min(_SILENCE_SECONDS, max(until - time.monotonic(), _SHORTEST_SILENCE_SECONDS))
+        try:
+            with self._cluster.open(
+                f"pods/{self._pod}/log", query=query, seconds=seconds
+            ) as response:
+                while data := response.read1(_CHUNK):
+                    self._log.feed(data)
+                    if time.monotonic() > until:
+                        return
+        finally:
+            self._log.close()
+
+    def finish(self) -> None:
+        """Hand on the rest of a log whose step has ended."""
+        self._log.finish()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return where somebody else is to read on."""
+        return self._log.to_dict()
+
+
 class _LineReader:
     """Parts what arrives into lines with their times, also while a line is still being written."""
 
-    def __init__(self, follower: LogFollower) -> None:
+    def __init__(self, follower: StepLog) -> None:
         self._follower = follower
         self._time: str | None = None
         self._head = b""
@@ -116,6 +195,7 @@ class _LineReader:
         """The connection has ended, perhaps in the middle of a line."""
         if self._time is not None and self._skip is not None:
             self._follower.break_line(self._time, max(self._known, self._skip))
+        self._time = None
 
     def _take(self, data: bytes) -> None:
         start, self._known = self._known, self._known + len(data)

@@ -21,6 +21,7 @@ from airflow_mlpipelines.compute.kubernetes.scripts import KEEP, SHELL, WAIT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from airflow_mlpipelines.compute.base import StepLaunch
     from airflow_mlpipelines.definition.graph import KubernetesComputeSpec
@@ -33,7 +34,7 @@ OWNER = f"{LABEL_PREFIX}owner"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 DEFAULT_UID = 1000
 """Whom a step runs as where the worker is root, whom a pod should not be."""
-_WORKSPACE = "mlp-workspace"
+WORKSPACE = "mlp-workspace"
 _SHM = "mlp-shm"
 _SUB_PATHS = ("code", "run", "outputs", "home")
 _READ_ONLY = ("runtime", "inputs")
@@ -63,6 +64,10 @@ class PodSpec:
         uid: Whom the step's files belong to in the pod.
         memory: Bytes.
         manifest: The pod, without what only this try knows.
+        documents: Files of the pod's Secret that helpers mount, by their names.
+        shared: What the step has on volumes that the worker shares: ``inputs/<name>``, ``outputs``, and ``work`` for
+            all that it works with. It is not copied.
+        written: The directories on such volumes that the step writes to.
     """
 
     name: str
@@ -75,6 +80,14 @@ class PodSpec:
     gpus: int
     secrets: Mapping[str, str] = field(repr=False)
     manifest: Json = field(repr=False)
+    documents: Mapping[str, str] = field(default_factory=dict, repr=False)
+    shared: frozenset[str] = frozenset()
+    written: tuple[Path, ...] = ()
+
+    @property
+    def needs_secret(self) -> bool:
+        """Whether a Secret of its own belongs to the pod."""
+        return bool(self.secrets or self.documents)
 
 
 def pod_name(step_run_id: str) -> str:
@@ -106,13 +119,13 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
     name = pod_name(launch.step_run_id)
     shm_size = choose_shm_size(wanted, default=compute.shm_size, gpus=gpus, memory=memory)
     mounts: list[Json] = [
-        {"name": _WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part} for part in _SUB_PATHS
+        {"name": WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part} for part in _SUB_PATHS
     ]
     mounts += [
-        {"name": _WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part, "readOnly": True}
+        {"name": WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part, "readOnly": True}
         for part in _READ_ONLY
     ]
-    volumes: list[Json] = [{"name": _WORKSPACE, "emptyDir": {}}]
+    volumes: list[Json] = [{"name": WORKSPACE, "emptyDir": {}}]
     if shm_size is not None:
         volumes.append({"name": _SHM, "emptyDir": {"medium": "Memory", "sizeLimit": str(shm_size)}})
         mounts.append({"name": _SHM, "mountPath": "/dev/shm"})  # noqa: S108 - where it has to be
@@ -177,7 +190,8 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
 
 def secret_manifest(spec: PodSpec, owner: Mapping[str, Any]) -> Json:
     """Return the Secret with the step's secrets. It belongs to the pod or the Job: the cluster removes both."""
-    values = [value.encode("utf-8", "surrogateescape") for value in spec.secrets.values()]
+    values = {str(number): value for number, value in enumerate(spec.secrets.values())}
+    values |= spec.documents
     return {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -186,7 +200,10 @@ def secret_manifest(spec: PodSpec, owner: Mapping[str, Any]) -> Json:
             "labels": spec.manifest["metadata"]["labels"],
             "ownerReferences": [owner_reference(owner)],
         },
-        "data": {str(n): base64.b64encode(value).decode() for n, value in enumerate(values)},
+        "data": {
+            name: base64.b64encode(value.encode("utf-8", "surrogateescape")).decode()
+            for name, value in values.items()
+        },
     }
 
 
@@ -279,7 +296,7 @@ def _helper(
         "command": [SHELL, "-c", script],
         "workingDir": ROOT,
         "resources": _HELPER_RESOURCES,
-        "volumeMounts": [{"name": _WORKSPACE, "mountPath": ROOT}],
+        "volumeMounts": [{"name": WORKSPACE, "mountPath": ROOT}],
         "securityContext": dict(security),
     }
 

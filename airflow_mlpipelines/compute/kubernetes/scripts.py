@@ -36,11 +36,13 @@ done
 """
 
 # Takes a tar archive of $1 bytes from stdin, prints its digest, and lets the step begin once the worker
-# has answered with the word $2.
+# has answered with the word $2. An agent that has taken over what came before ("merging") lets nothing follow.
 RECEIVE = """
 set -eu
 umask 022
 touch control/contact
+rm -f control/staged
+[ ! -e control/merging ]
 rm -rf incoming.* code run outputs home runtime inputs
 mkdir "incoming.$2"
 mkfifo "control/pipe.$2"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import KEPT_DIRECTORIES
+from airflow_mlpipelines.compute.kubernetes.agent import commit
 from airflow_mlpipelines.compute.kubernetes.archive import (
     archive_size,
     make_entries,
@@ -26,12 +27,13 @@ from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
 from airflow_mlpipelines.compute.kubernetes.cluster import PATIENCE_SECONDS
 from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, STAGE
 from airflow_mlpipelines.compute.kubernetes.scripts import RECEIVE, SEND, SHELL
+from airflow_mlpipelines.compute.kubernetes.volumes import SHARED_OUTPUTS
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-    from airflow_mlpipelines.compute.base import Stage
+    from airflow_mlpipelines.compute.base import Emit, Stage, StepLaunch
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
 
@@ -53,17 +55,32 @@ def deliver(cluster: Cluster, spec: PodSpec, stage: Stage) -> None:
     _try_again(cluster, spec.name, STAGE, lambda: send_stage(cluster, spec, stage), is_over)
 
 
-def collect(cluster: Cluster, pod: str, stage: Stage, *, with_outputs: bool) -> None:
+def collect(
+    cluster: Cluster, spec: PodSpec, launch: StepLaunch, *, emit: Emit, with_outputs: bool
+) -> None:
     """Bring what the step has made to the worker, also if a connection breaks on the way.
+
+    What the launch's carriage holds is committed by the pod's agent instead, and noted there.
+
+    Args:
+        cluster: The cluster.
+        spec: The pod.
+        launch: The step run.
+        emit: Takes the agent's lines.
+        with_outputs: Whether the step succeeded; else only the files of its run are of interest.
 
     Raises:
         ClusterError: That fails time and again, or the pod is gone.
+        DataError: The agent can't commit an output.
     """
+    stage, carriage, pod = launch.stage, launch.carriage, spec.name
 
     def fetch() -> None:
-        if with_outputs:
-            fetch_outputs(cluster, pod, stage)
-        fetch_run_files(cluster, pod, stage)
+        if carriage.outputs or carriage.kept:
+            commit(cluster, pod, launch, emit=emit, with_outputs=with_outputs)
+        if with_outputs and SHARED_OUTPUTS not in spec.shared:
+            fetch_outputs(cluster, pod, stage, without=carriage.outputs)
+        fetch_run_files(cluster, pod, stage, with_kept=carriage.kept is None)
 
     _try_again(cluster, pod, OUTPUTS_KEEPER, fetch, lambda _pod: False)
 
@@ -124,25 +141,36 @@ def send_stage(cluster: Cluster, spec: PodSpec, stage: Stage) -> int:
     return size
 
 
-def fetch_outputs(cluster: Cluster, pod: str, stage: Stage) -> int:
-    """Bring the step's outputs to where the worker expects them, and return the bytes received.
+def fetch_outputs(
+    cluster: Cluster, pod: str, stage: Stage, *, without: Collection[str] = ()
+) -> int:
+    """Bring the step's outputs, but those ``without``, to where the worker expects them; return the bytes received.
 
     Raises:
         ChannelError: The connection broke; nothing has appeared.
     """
+    names = [
+        path.relative_to(stage.outputs_root).as_posix()
+        for name, path in stage.outputs.items()
+        if name not in without
+    ]
+    if not names:
+        return 0
     with _receiving(stage.outputs_root) as incoming:
-        received = _fetch(cluster, pod, "outputs", ["."], incoming)
+        received = _fetch(cluster, pod, "outputs", names if without else ["."], incoming)
         _move_entries(incoming, stage.outputs_root)
     return received
 
 
-def fetch_run_files(cluster: Cluster, pod: str, stage: Stage) -> int:
-    """Bring the run directory, ``./outputs`` and ``./logs`` to the worker; return the bytes received.
+def fetch_run_files(cluster: Cluster, pod: str, stage: Stage, *, with_kept: bool = True) -> int:
+    """Bring the run directory, and ``./outputs`` and ``./logs``, to the worker; return the bytes received.
 
     Raises:
         ChannelError: The connection broke; nothing has appeared.
     """
-    names = ["run", *(f"code/{name}" for name in KEPT_DIRECTORIES)]
+    names = ["run"]
+    if with_kept:
+        names += [f"code/{name}" for name in KEPT_DIRECTORIES]
     with _receiving(stage.root) as incoming:
         received = _fetch(cluster, pod, ".", names, incoming)
         for name in KEPT_DIRECTORIES:

@@ -106,13 +106,17 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path / "airflow"))
 
 
+BUILT_BY_THE_DAEMON = pytest.mark.parametrize("workshop", ["the daemon"], indirect=True)
+"""For tests of what comes before a build and after it, which whoever builds has no part in."""
+
+
 @pytest.fixture(params=["the daemon", "buildx"])
 def workshop(
     request: pytest.FixtureRequest, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Workshop]:
     with_buildx = request.param == "buildx"
     if with_buildx and not builds.has_buildx():
-        pytest.skip("no docker buildx: no distribution of CI's has it")
+        missing("no docker buildx (.ci/buildx.sh builds it)")
     monkeypatch.setattr(builds, "has_buildx", lambda: with_buildx)
     made = Workshop(image)
     try:
@@ -153,6 +157,7 @@ def test_a_step_runs_on_the_packages_of_its_environment(
     assert any("1 of 3 requirement lines name no exact version" in line for line in lines)
 
 
+@BUILT_BY_THE_DAEMON
 def test_an_image_that_was_built_is_not_built_again(workshop: Workshop, wheels: Path) -> None:
     environment = with_wheels(wheels)
     launcher = workshop.launcher()
@@ -181,6 +186,7 @@ def test_two_steps_at_once_build_one_image(workshop: Workshop, wheels: Path) -> 
     assert sum(line.startswith("Waiting for whoever is building") for line in lines) == 2
 
 
+@BUILT_BY_THE_DAEMON
 def test_a_base_that_moved_is_another_environment(workshop: Workshop, wheels: Path) -> None:
     environment = with_wheels(wheels)
     launcher = workshop.launcher()
@@ -194,6 +200,7 @@ def test_a_base_that_moved_is_another_environment(workshop: Workshop, wheels: Pa
     assert packages[0]["base image"] != packages[1]["base image"]
 
 
+@BUILT_BY_THE_DAEMON
 def test_a_package_that_changed_is_another_environment(workshop: Workshop, wheels: Path) -> None:
     environment = with_wheels(wheels)
     one, _ = workshop.prepare(environment)
@@ -241,6 +248,7 @@ def make_deb(directory: Path) -> bytes:
     return (directory / "tool.deb").read_bytes()
 
 
+@BUILT_BY_THE_DAEMON
 def test_apt_packages_are_installed(workshop: Workshop, tmp_path: Path) -> None:
     deb = make_deb(tmp_path)
     index = "Package: mlp-tool\nVersion: 1.0\nArchitecture: all\nFilename: ./tool.deb\n"
@@ -260,6 +268,7 @@ def test_apt_packages_are_installed(workshop: Workshop, tmp_path: Path) -> None:
     assert "Correct apt=" in str(error.value)
 
 
+@BUILT_BY_THE_DAEMON
 def test_a_conda_file_is_for_bases_that_have_conda(workshop: Workshop) -> None:
     environment = EnvironmentSpec(name="e", conda={"dependencies": ["numpy=2.*"]})
     with pytest.raises(EnvironmentBuildError, match="neither conda nor mamba nor micromamba") as e:
@@ -355,6 +364,7 @@ def forget_builds(registry: Registry) -> None:
         docker_cli("rmi", "-f", *found)
 
 
+@BUILT_BY_THE_DAEMON
 def test_what_one_machine_built_another_one_pulls(
     workshop: Workshop, wheels: Path, registry: Registry, shared: RegistrySpec
 ) -> None:
@@ -391,6 +401,7 @@ def test_a_base_in_a_registry_is_built_upon_by_its_digest(
     assert (there.cacheable, there.digest) == (True, known.digest)
 
 
+@BUILT_BY_THE_DAEMON
 def test_who_may_not_push_is_told_and_the_image_is_kept_for_the_next_try(
     workshop: Workshop, wheels: Path, shared: RegistrySpec
 ) -> None:
@@ -404,6 +415,7 @@ def test_who_may_not_push_is_told_and_the_image_is_kept_for_the_next_try(
     assert any(line.startswith("Pushed image") for line in lines)
 
 
+@BUILT_BY_THE_DAEMON
 def test_a_push_that_failed_is_made_up_for_without_building_again(
     workshop: Workshop, wheels: Path, shared: RegistrySpec
 ) -> None:
@@ -414,6 +426,7 @@ def test_a_push_that_failed_is_made_up_for_without_building_again(
     assert not any(line.startswith("Building") for line in lines)
 
 
+@BUILT_BY_THE_DAEMON
 def test_a_registry_that_does_not_answer_is_no_fault_of_the_environment(
     workshop: Workshop, wheels: Path
 ) -> None:
@@ -421,6 +434,7 @@ def test_a_registry_that_does_not_answer_is_no_fault_of_the_environment(
         workshop.prepare(with_wheels(wheels), RegistrySpec(url="127.0.0.1:9/team/env"))
 
 
+@BUILT_BY_THE_DAEMON
 def test_two_machines_with_one_metadata_database_build_an_image_once(
     workshop: Workshop, shared: RegistrySpec, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ from airflow_mlpipelines.definition.graph import (
     RegistrySpec,
 )
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, EnvironmentBuildError
+from tests.integration.docker.cli import docker_cli
 from tests.integration.docker.registry import PASSWORD, USER, serve_registry
 
 if TYPE_CHECKING:
@@ -122,6 +123,28 @@ def test_a_registry_that_is_away_is_told_soon() -> None:
         "the registry 127.0.0.1:9 of image '127.0.0.1:9/team/train:1' does not answer: "
     )
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.usefixtures("_connection")
+def test_a_registry_elsewhere_is_asked_over_plain_http_only_if_it_is_declared(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.push("one")
+    known = look_up_image(registry.image, conn_ids=[CONN_ID]).digest
+    form = "{{(index .IPAM.Config 0).Gateway}}"
+    machine = docker_cli("network", "inspect", "bridge", "--format", form)
+    elsewhere = f"{machine}:{registry.address.rpartition(':')[2]}"
+    set_connection(monkeypatch, elsewhere)
+    fields: dict[str, Any] = {"url": f"{elsewhere}/team/env", "conn_id": CONN_ID}
+    found = {}
+    for insecure in (False, True):
+        shared = RegistrySpec(**fields, insecure=insecure)
+        compute = KubernetesComputeSpec(name="k", registry=shared)
+        environment = EnvironmentSpec(image=f"{elsewhere}/team/train:1")
+        found[insecure] = KubernetesLauncher(compute).resolve_environment(environment)
+    assert not found[False].cacheable
+    assert "name it as `registry` with `insecure: true`" in str(found[False].problem)
+    assert found[True].description["digest"] == known
 
 
 # ---- a registry that wants tokens --------------------------------------------------------------

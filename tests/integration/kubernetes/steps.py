@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -14,7 +14,7 @@ import yaml
 from airflow_mlpipelines.compute.kubernetes.pod import pod_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 IMAGE = "python:3.11-slim"
@@ -94,14 +94,28 @@ class Look:
         for pod in self.pods():
             if pod.metadata.deletion_timestamp is None:
                 left.append(f"pod {pod.metadata.name}")
-            self.api.delete_namespaced_pod(
-                pod.metadata.name, self.namespace, grace_period_seconds=0
-            )
+            with suppress_absent():
+                self.api.delete_namespaced_pod(
+                    pod.metadata.name, self.namespace, grace_period_seconds=0
+                )
         wait_until(lambda: not self.pods(), "the pods are gone")
         for secret in self.secrets():
             left.append(f"secret {secret.metadata.name}")
-            self.api.delete_namespaced_secret(secret.metadata.name, self.namespace)
+            with suppress_absent():
+                self.api.delete_namespaced_secret(secret.metadata.name, self.namespace)
         return left
+
+
+@contextmanager
+def suppress_absent() -> Iterator[None]:
+    """Go on where what was to be deleted has gone by itself in the meantime."""
+    from kubernetes.client import ApiException
+
+    try:
+        yield
+    except ApiException as error:
+        if error.status != 404:
+            raise
 
 
 class Wire:

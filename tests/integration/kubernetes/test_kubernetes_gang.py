@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import shutil
 import subprocess
 import time
@@ -9,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from airflow_mlpipelines.compute.base import DetachedError, RelaunchError
 from airflow_mlpipelines.compute.kubernetes import launcher
+from airflow_mlpipelines.compute.kubernetes.awaiting import PodAwaiter, remove_pods
+from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch
 from airflow_mlpipelines.compute.kubernetes.gang import plan_gang
 from airflow_mlpipelines.definition.graph import ResourcesSpec
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
@@ -158,17 +163,16 @@ def test_a_node_without_enough_memory_is_named_with_its_limit(gang: Gang) -> Non
     gang.assert_nothing_left()
 
 
-def test_a_pod_that_is_taken_away_ends_the_gang(gang: Gang) -> None:
+def test_a_pod_that_is_taken_away_ends_the_gang_which_is_launched_again(gang: Gang) -> None:
     running = gang.begin(WAIT)
     wait_until(lambda: gang.count("begun") == 2, "both ranks run")
     (name,) = [pod.metadata.name for pod in gang.look.pods() if "-1-" in pod.metadata.name]
     make_api(gang.kubeconfig).delete_namespaced_pod(name, gang.namespace, grace_period_seconds=1)
 
-    with pytest.raises(
-        StepFailedError, match=r"node 1 of 2 .*its pod was deleted while it ran"
-    ) as caught:
+    with pytest.raises(RelaunchError, match=r"node 1 of 2 .*launched again \(1 of 5\)"):
         running.wait()
-    assert caught.value.retryable
+    assert gang.handle.get() == {"launcher": "kubernetes", "relaunches": 1}
+    gang.handle.set(None)
     gang.assert_nothing_left()
 
 
@@ -212,6 +216,80 @@ def test_a_retry_adopts_all_pods_of_a_lost_worker(gang: Gang) -> None:
     for rank in range(2):
         own = [line for line in lines if line.startswith(f"[rank {rank}]")]
         assert own == [f"[rank {rank}] line {i}" for i in range(40)]
+    gang.assert_nothing_left()
+
+
+def wait_without_worker(watch: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return what a trigger finds of pods that were left to themselves, and the lines that it hands on."""
+    lines: list[str] = []
+    awaiter = PodAwaiter(PodWatch.from_dict(watch), lambda _time, line: lines.append(line))
+    news = asyncio.run(asyncio.wait_for(awaiter.wait(), 60))
+    return json.loads(json.dumps(news.to_dict())), lines
+
+
+def leave_running(gang: Gang, script: str) -> dict[str, Any]:
+    """Run a gang until its worker leaves it, which it may do sooner where pods start slowly; return the watch."""
+    news = None
+    while True:
+        with pytest.raises(DetachedError) as left:
+            gang.run_gang(script, gang.launcher(defer_after_seconds=2), detach=True, news=news)
+        watch: dict[str, Any] = left.value.watch
+        if watch["awaits"] == "end":
+            return watch
+        news, lines = wait_without_worker(watch)
+        assert lines == []
+
+
+def test_a_long_gang_holds_no_worker_and_every_line_of_every_rank_comes_once(gang: Gang) -> None:
+    watch = leave_running(gang, COUNT)
+    first = list(gang.lines)
+    assert gang.others() != []
+    news, between = wait_without_worker(watch)
+    assert news["reason"] == "its step has ended"
+
+    resumed = gang.launcher()
+    assert resumed.recover(gang.name, gang.handle)
+    last = gang.run_gang(COUNT, resumed, detach=True, news=news)
+
+    for rank in range(2):
+        own = [line for line in first + between + last if line.startswith(f"[rank {rank}]")]
+        assert own == [f"[rank {rank}] line {i}" for i in range(40)]
+    gang.assert_nothing_left()
+
+
+def test_a_gang_waits_for_gpus_without_a_worker_until_it_has_waited_long_enough(
+    gang: Gang, gpus: int
+) -> None:
+    fields = {"defer_after_seconds": 0, "schedule_timeout_seconds": 5}
+    wanted = {"nodes": gpus + 1, "resources": ResourcesSpec(gpus=1), "detach": True}
+    with pytest.raises(DetachedError) as left:
+        gang.run_gang(WAIT, gang.launcher(**fields), **wanted)
+    news, _ = wait_without_worker(left.value.watch)
+    assert news["reason"] == "no node took it in time"
+
+    resumed = gang.launcher(**fields)
+    assert not resumed.recover(gang.name, gang.handle)
+    with pytest.raises(ComputeUnavailableError, match=r"Insufficient nvidia\.com/gpu"):
+        gang.run_gang(WAIT, resumed, news=news, **wanted)
+    gang.assert_nothing_left()
+
+
+def test_a_pod_that_is_gone_while_no_worker_looks_is_told_by_the_next(gang: Gang) -> None:
+    watch = leave_running(gang, WAIT)
+    (name,) = [pod.metadata.name for pod in gang.look.pods() if "-1-" in pod.metadata.name]
+    make_api(gang.kubeconfig).delete_namespaced_pod(name, gang.namespace, grace_period_seconds=1)
+    news, _ = wait_without_worker(watch)
+
+    with pytest.raises(RelaunchError, match="launched again"):
+        gang.run_gang(WAIT, gang.launcher(), detach=True, news=news)
+    gang.handle.set(None)
+    gang.assert_nothing_left()
+
+
+def test_a_task_that_is_stopped_while_no_worker_looks_leaves_nothing(gang: Gang) -> None:
+    watch = leave_running(gang, WAIT)
+    asyncio.run(remove_pods(PodWatch.from_dict(watch)))
+    gang.handle.set(None)
     gang.assert_nothing_left()
 
 

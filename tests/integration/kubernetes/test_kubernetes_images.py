@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
+import subprocess
+import sys
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,13 +21,33 @@ from tests.integration.kubernetes.test_kubernetes_launcher import PodStep, step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.integration.docker.registry import Registry
     from tests.integration.kubernetes.conftest import Cluster
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.docker]
+ROOT = Path(__file__).parents[3]
 CONN_ID = "test_pod_registry"
+WORKSPACE = """
+name: test
+registry: {{url: "{url}", conn_id: {conn_id}}}
+datastores: {{store: {{url: data}}}}
+computes:
+  pods:
+    type: kubernetes
+    namespace: {namespace}
+    in_cluster: false
+    image: "{image}"
+    image_pull_secrets: [{secret}]
+"""
+PIPELINE = """
+from airflow_mlpipelines import CommandStep, Pipeline, PipelineData, Workspace
+
+ws = Workspace.from_config()
+made = PipelineData("made")
+step = CommandStep(["sh", "-c", 'echo it is $TURN | tee "$0"', made], "tell", outputs=[made])
+pipeline = Pipeline(ws, [step], name="in_pods")
+"""
 PULL_SECRET = "test-registry"
 __all__ = ["registry", "step"]
 
@@ -90,6 +114,55 @@ def test_a_pod_is_pulled_by_the_digest_that_its_tag_had_when_the_run_was_planned
     prepared = launcher.prepare_environment(environment, planned, emit=print)
     lines = step.run("sh", "-c", "echo $TURN", launcher=launcher, image=prepared.image)
     assert lines == ["planned"]
+
+
+def call(folder: Path, *arguments: str) -> str:
+    """Return what ``mlpipelines`` prints in a process of its own, on an Airflow of this test's own."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from airflow_mlpipelines.cli import main; main()", *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "AIRFLOW_HOME": str(folder / "airflow"),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(folder),
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{folder}/airflow.db",
+        },
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.airflow
+def test_a_step_on_a_tagged_image_is_reused_until_the_tag_moves(
+    cluster: Cluster,
+    registry: Registry,
+    shared: RegistrySpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+    image = push_turn(registry, "one")
+    (tmp_path / "mlpipelines.yaml").write_text(
+        WORKSPACE.format(
+            url=shared.url,
+            conn_id=CONN_ID,
+            namespace=cluster.namespace,
+            image=image,
+            secret=PULL_SECRET,
+        )
+    )
+    (tmp_path / "in_pods.py").write_text(PIPELINE)
+    assert "tell | it is one" in call(tmp_path, "run", "in_pods.py")
+    assert "it is" not in (again := call(tmp_path, "run", "in_pods.py"))
+    assert "reused" in again
+    push_turn(registry, "two")
+    [planned] = json.loads(call(tmp_path, "plan", "in_pods.py", "--json").splitlines()[-1])["steps"]
+    assert planned["decision"] == "run"
+    assert "image" in planned["reason"]
 
 
 def test_an_environment_is_built_once_and_pods_pull_it_by_digest(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from airflow_mlpipelines.compute.base import Stage, StepLaunch
+from airflow_mlpipelines.compute.base import RelaunchError, Stage, StepLaunch
 from airflow_mlpipelines.compute.kubernetes import KubernetesLauncher, transfer
 from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
 from airflow_mlpipelines.definition.graph import (
@@ -392,25 +392,27 @@ def test_an_expired_token_is_told(step: PodStep, monkeypatch: pytest.MonkeyPatch
         step.python("")
 
 
-def test_a_pod_that_somebody_deletes_is_not_the_programs_fault(step: PodStep) -> None:
+def test_a_pod_that_somebody_deletes_is_launched_again(step: PodStep) -> None:
     running = step.start("import time; print('on'); time.sleep(60)")
     step.look.api.delete_namespaced_pod(step.look.name, step.namespace, grace_period_seconds=1)
-    with pytest.raises(StepFailedError, match=r"deleted while it ran.*not to blame") as failure:
+    with pytest.raises(RelaunchError, match=r"\(deleted while it ran\).*1 of 5"):
         running.wait()
-    assert failure.value.retryable
+    assert step.python("print('second')") == ["second"]
     assert step.handle.get() is None
 
 
-def test_an_evicted_pod_is_not_the_programs_fault(step: PodStep) -> None:
+def test_a_step_whose_pods_are_lost_time_and_again_fails_without_blame(step: PodStep) -> None:
+    step.handle.set({"launcher": "kubernetes", "relaunches": 5})
     running = step.start("import time; print('on'); time.sleep(60)")
     eviction = {
         "metadata": {"name": step.look.name},
-        "deleteOptions": {"gracePeriodSeconds": 1},
+        "deleteOptions": {"gracePeriodSeconds": 5},
     }
     step.look.api.create_namespaced_pod_eviction(step.look.name, step.namespace, eviction)
     with pytest.raises(StepFailedError, match=r"EvictionByEvictionAPI.*not to blame") as failure:
         running.wait()
     assert failure.value.retryable
+    assert step.handle.get() is None
 
 
 def test_a_pod_that_fills_the_disk_is_told(step: PodStep) -> None:

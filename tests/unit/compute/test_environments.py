@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from airflow_mlpipelines.compute.environment_locks import environments_directory
 from airflow_mlpipelines.compute.environments import (
-    environments_directory,
     interpreter_variables,
     prepare_python,
     resolve_python,
@@ -253,6 +253,20 @@ def test_another_python_is_taken_from_the_machine(
     assert described["packages"] == {}
 
 
+def test_a_step_gets_the_python_that_it_wants_and_not_the_workers(
+    monkeypatch: pytest.MonkeyPatch, index: Path
+) -> None:
+    wanted = "3.13" if python_version().startswith("3.12.") else "3.12"
+    other = require_python(wanted)
+    monkeypatch.setenv("PATH", f"{other.parent}:{os.environ['PATH']}")
+    make_wheel(index, "1.0")
+    environment = spec(f"--find-links={index}", "tinypkg", python_version=wanted)
+    code = "import sys, tinypkg; print(*sys.version_info[:2], tinypkg.VERSION, sep='.')"
+    assert run(environment, code) == f"{wanted}.1.0"
+    own = resolve_python(spec(f"--find-links={index}", "tinypkg"), compute="local")
+    assert resolve_python(environment, compute="local").digest != own.digest
+
+
 def test_the_workers_own_python_is_taken_where_its_version_fits() -> None:
     minor = ".".join(python_version().split(".")[:2])
     assert run(EnvironmentSpec(python_version=minor), "import sys; print(sys.base_prefix)") == (
@@ -280,7 +294,21 @@ def test_the_process_finds_the_environment_first(index: Path) -> None:
     [
         (EnvironmentSpec(name="e", image="python:3.12"), "is an image.*Docker compute"),
         (EnvironmentSpec(name="e", dockerfile="FROM x"), "is an image.*Docker compute"),
-        (EnvironmentSpec(name="e", conda={"dependencies": []}), "conda.*pip requirements"),
+        (EnvironmentSpec(name="e", conda={"dependencies": []}), "has no python among its dep"),
+        (
+            EnvironmentSpec(
+                name="e", conda={"dependencies": ["python=3.9"]}, python_version="3.12"
+            ),
+            r"python_version is 3\.12, but its conda file says 3\.9",
+        ),
+        (
+            EnvironmentSpec(name="e", conda={"channels": ["defaults"], "dependencies": ["python"]}),
+            "Name channels, such as 'conda-forge'",
+        ),
+        (
+            EnvironmentSpec(name="e", conda={"dependencies": ["python", {"npm": []}]}),
+            "neither a package nor a list of pip packages",
+        ),
         (EnvironmentSpec(name="e", apt=("git",), pip=("x",)), "apt packages.*Docker compute"),
         (EnvironmentSpec(name="e", pip=("--no-index", "nopkg")), "can't be resolved(.|\n)*nopkg"),
         (EnvironmentSpec(name="e", pip=("a b c",)), "can't be resolved"),

@@ -311,6 +311,26 @@ class TestProblems:
         assert "step 'a'" in found[0]
         assert "apt packages" in found[0]
 
+    def test_what_pods_run_is_built_for_a_registry(self, ws):
+        from airflow_mlpipelines import KubernetesCompute
+
+        registry = {"url": "registry.example.com/team/env"}
+        pods = KubernetesCompute("pods", image="python:3.12")
+        shared = KubernetesCompute("shared", image="python:3.12", registry=registry)
+        built, image = Environment(pip=["rich"]), Environment(image="python:3.13")
+        steps = [
+            command("a", compute_target=pods, environment=built),
+            command("b", compute_target=shared, environment=built),
+            command("c", compute_target=pods, environment=image),
+            command("d", compute_target=pods),
+        ]
+
+        found = messages(Pipeline(ws, steps))
+
+        assert len(found) == 1
+        assert "step 'a'" in found[0]
+        assert "no registry is named for the nodes of compute 'pods'" in found[0]
+
     def test_an_environment_without_apt_packages_has_the_digest_that_it_had(self):
         assert Environment("any", pip=["pandas==2.2.3"]).digest == (
             "3a83beaa358b5e4aa1ed593c03e913ed98b3ac7d156919cbb21d67f0e6bc4332"

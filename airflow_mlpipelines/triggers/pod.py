@@ -1,0 +1,152 @@
+"""Waiting, without a worker slot, for a step's pod."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+_FIRST_EVENT_SECONDS = 5.0
+"""As in :mod:`airflow_mlpipelines.triggers.lease`: sooner, the scheduler would take the task for failed."""
+_RENEW_SECONDS = 60.0
+LEASE_SECONDS = 300.0
+"""How long the lease of a step that runs without a worker lasts while no triggerer is there to renew it."""
+_KILL_PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0)
+_lines = structlog.get_logger("airflow_mlpipelines.step")
+
+
+class PodTrigger(BaseTrigger):
+    """Fires when a worker is needed for a step whose pod was left to itself.
+
+    Meanwhile it hands on the step's log, each line with the time at which it was printed, and renews the step's
+    lease. Where somebody stops the task, it removes the pod.
+
+    Args:
+        watch: A :class:`~airflow_mlpipelines.compute.kubernetes.detaching.PodWatch` in its JSON form.
+        lease: ``{"fingerprint", "holder", "token"}`` of the step's lease; None without one. The token only tells
+            one holder from the next; who can use it can change the lease without it.
+    """
+
+    def __init__(self, watch: dict[str, Any], lease: Mapping[str, str] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watch = watch
+        self.lease = dict(lease) if lease is not None else None
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Return the class and the arguments to make this trigger again; no secret is in them."""
+        return (
+            f"{type(self).__module__}.{type(self).__qualname__}",
+            {"watch": self.watch, "lease": self.lease},
+        )
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Yield one event, with what was found."""
+        from airflow_mlpipelines.compute.kubernetes.awaiting import PodAwaiter
+        from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch
+
+        too_soon = asyncio.create_task(asyncio.sleep(_FIRST_EVENT_SECONDS))
+        renewing = asyncio.create_task(self._renew())
+        try:
+            news = await PodAwaiter(PodWatch.from_dict(self.watch), _emit).wait()
+            await too_soon
+            yield TriggerEvent(news.to_dict())
+        finally:
+            for task in (too_soon, renewing):
+                task.cancel()
+            await asyncio.gather(too_soon, renewing, return_exceptions=True)
+
+    async def on_kill(self) -> None:
+        """Remove the pod and give the lease back: somebody has stopped or cleared the task.
+
+        Airflow calls this also where another triggerer has taken the trigger over, whose task is still
+        deferred then: nothing is removed.
+        """
+        from airflow_mlpipelines.compute.kubernetes.awaiting import remove_pods
+        from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
+        from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch
+        from airflow_mlpipelines.exceptions import ComputeUnavailableError
+
+        if await self._is_still_deferred():
+            return
+        watch = PodWatch.from_dict(self.watch)
+        for pause in _KILL_PAUSES:
+            await asyncio.sleep(pause)
+            try:
+                await remove_pods(watch)
+            except (ClusterError, ComputeUnavailableError) as error:
+                self.log.warning("Pod %s can't be removed: %s", ", ".join(watch.pods), error)
+            else:
+                self.log.info("Removed pod %s", ", ".join(watch.pods))
+                break
+        if self.lease is not None:
+            await asyncio.to_thread(_release, self.lease)
+
+    async def _is_still_deferred(self) -> bool:
+        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+        ti: Any = self.task_instance
+        if ti is None:
+            return False
+        found = await asyncio.to_thread(
+            RuntimeTaskInstance.get_task_states,
+            dag_id=ti.dag_id,
+            task_ids=[ti.task_id],
+            run_ids=[ti.run_id],
+            map_index=ti.map_index,
+        )
+        states = found.get(ti.run_id, {})
+        return any(
+            state == "deferred"
+            for name, state in states.items()
+            if name in (ti.task_id, f"{ti.task_id}_{ti.map_index}")
+        )
+
+    async def _renew(self) -> None:
+        """Keep the lease, beginning at once: the worker that took it has left."""
+        if self.lease is None:
+            return
+        while True:
+            try:
+                self.lease = await asyncio.to_thread(_renew, self.lease)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the pod goes on
+                self.log.warning("The lease could not be renewed: %s", error)
+            await asyncio.sleep(_RENEW_SECONDS)
+
+
+def _emit(time: str, line: str) -> None:
+    # A trigger that another triggerer goes on with begins anew. Its lines come with the same times again, and
+    # whoever reads the log from all its files sees each of them once.
+    _lines.info(line, timestamp=time)
+
+
+def _renew(lease: dict[str, str]) -> dict[str, str]:
+    """Return the lease, renewed; taken anew if it ran out while no triggerer was there, and nobody has it."""
+    from airflow_mlpipelines.caching.lease import Lease
+
+    leases, held = _open_leases(), Lease(**lease)
+    if leases.renew(held, ttl=LEASE_SECONDS) or leases.find(held.fingerprint) is not None:
+        return lease
+    again = leases.acquire(held.fingerprint, held.holder, ttl=LEASE_SECONDS)
+    return asdict(again) if isinstance(again, Lease) else lease
+
+
+def _release(lease: dict[str, str]) -> None:
+    from airflow_mlpipelines.caching.lease import Lease
+
+    with suppress(Exception):
+        _open_leases().release(Lease(**lease))
+
+
+def _open_leases() -> Any:
+    from airflow_mlpipelines.caching.index import MetadataIndex
+    from airflow_mlpipelines.caching.lease import Leases
+    from airflow_mlpipelines.operators.connections import metadata_url
+
+    return Leases(MetadataIndex(metadata_url()))

@@ -1,0 +1,277 @@
+"""The agent without a cluster: its job document, and what it does in a workspace."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from typing import TYPE_CHECKING
+
+import pytest
+
+from airflow_mlpipelines.agent import __main__ as command_line
+from airflow_mlpipelines.agent.committing import commit
+from airflow_mlpipelines.agent.job import Job, WantedInput, WantedOutput, describe_all
+from airflow_mlpipelines.agent.staging import stage
+from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.storage.portable import describe_store
+from airflow_mlpipelines.storage.snapshots import make_snapshot
+from airflow_mlpipelines.storage.stores import Store, open_store
+from airflow_mlpipelines.storage.transfer import pin_external
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def store() -> Store:
+    return open_store("lake", f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A pod's workspace, with what the worker sends."""
+    for name in ("code/outputs", "code/logs", "inputs", "outputs", "run", "control"):
+        (tmp_path / "mlp" / name).mkdir(parents=True)
+    return tmp_path / "mlp"
+
+
+def make_job(store: Store, **fields) -> Job:
+    datastores = {store.name: {"name": store.name, "url": store.url, "arguments": {}}}
+    return Job(release="0", step="train", step_run="mlp-1", datastores=datastores, **fields)
+
+
+def pin(store: Store, path: str, data: bytes = b"a,b\n"):
+    store.write_bytes(path, data)
+    return pin_external(store, path)
+
+
+def run_stage(job: Job, workspace: Path) -> list[str]:
+    lines: list[str] = []
+    stage(job, workspace, say=lines.append, private=workspace / "control" / "agent")
+    return lines
+
+
+# ---- the document --------------------------------------------------------------------------------
+
+
+def test_a_job_comes_through_its_document_unchanged(store):
+    job = make_job(
+        store,
+        snapshot=("lake", "ab" * 32),
+        inputs={"raw": WantedInput(pin(store, "raw.csv"), "raw/raw.csv")},
+        outputs={"model": WantedOutput("lake", "run/model", "model", is_directory=True)},
+        links={"raw": ("data/raw.csv", "/mlp/inputs/raw/raw.csv")},
+        kept=("lake", "run/_run"),
+    )
+    assert Job.from_json(job.to_json(), release="0") == job
+
+
+def test_a_document_of_another_version_names_both_releases(store):
+    data = {**json.loads(make_job(store).to_json()), "version": 2, "release": "9.0"}
+    with pytest.raises(DataError, match=r"worker's .* 9\.0 .*version 2.*has 0\.1\.0.*Build"):
+        Job.from_json(json.dumps(data), release="0.1.0")
+
+
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"version": 1, "release": "0", "secret": "canary"}']
+)
+def test_a_damaged_document_is_refused_without_showing_it(damage):
+    with pytest.raises(DataError, match="can't be read") as failure:
+        Job.from_json(damage, release="0")
+    assert "canary" not in str(failure.value)
+
+
+def test_a_job_does_not_show_its_credentials(store):
+    job = make_job(store)
+    job.datastores["lake"]["arguments"]["secret"] = "canary"
+    assert "canary" not in repr(job)
+
+
+# ---- which datastores ----------------------------------------------------------------------------
+
+
+def test_a_datastore_is_described_with_all_that_opens_it_elsewhere():
+    pytest.importorskip("s3fs")
+    arguments = {"key": "k", "secret": "s", "client_kwargs": {"endpoint_url": "http://s3"}}
+    store = open_store("lake", "s3://b/x", options={"anon": False}, credentials=arguments)
+    description = describe_store(store)
+    assert description == {
+        "name": "lake",
+        "url": "s3://b/x",
+        "arguments": {"anon": False, **arguments},
+    }
+    assert json.loads(json.dumps(description)) == description
+
+
+def test_what_only_this_machine_can_open_is_left_to_the_worker(tmp_path):
+    pytest.importorskip("s3fs")
+    key_file = tmp_path / "key.pem"
+    key_file.write_text("key")
+    tied = {"client_kwargs": {"verify": str(key_file)}}
+    stores = [
+        open_store("disk", f"file://{tmp_path}"),
+        open_store("memory", "memory://x"),
+        open_store("file", "s3://b", credentials=tied),
+        open_store("object", "s3://b", credentials={"session": object()}),
+    ]
+    assert [describe_store(store) for store in stores] == [None] * 4
+    with pytest.raises(DataError, match="'disk' can only be opened on the worker"):
+        describe_all({"disk": stores[0]})
+
+
+# ---- staging -------------------------------------------------------------------------------------
+
+
+def test_code_and_inputs_are_put_to_what_the_worker_sends(store, workspace, tmp_path):
+    (tmp_path / "source" / "logs").mkdir(parents=True)
+    (tmp_path / "source" / "main.py").write_text("print()")
+    snapshot = make_snapshot(tmp_path / "source", store)
+    job = make_job(
+        store,
+        snapshot=("lake", snapshot.digest),
+        inputs={"raw": WantedInput(pin(store, "d/raw.csv"), "raw/raw.csv")},
+        links={"raw": ("data/x.csv", "/mlp/inputs/raw/raw.csv")},
+    )
+    worker = threading.Timer(0.3, (workspace / "control" / "staged").touch)
+    worker.start()
+    lines = run_stage(job, workspace)
+    worker.join()
+    assert (workspace / "inputs/raw/raw.csv").read_bytes() == b"a,b\n"
+    assert (workspace / "code/main.py").read_text() == "print()"
+    assert os.readlink(workspace / "code/data/x.csv") == "/mlp/inputs/raw/raw.csv"
+    assert (workspace / "code/outputs").is_dir()
+    assert not (workspace / "control" / "agent").exists()
+    assert lines[0].startswith("Fetching input 'raw': 4 B in 1 file(s)")
+
+
+def test_nothing_is_put_in_place_before_the_worker_has_sent_its_part(store, workspace):
+    job = make_job(store, inputs={"raw": WantedInput(pin(store, "raw.csv"), "raw/raw.csv")})
+    waiting = threading.Thread(target=run_stage, args=(job, workspace), daemon=True)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    assert not (workspace / "inputs" / "raw").exists()
+    (workspace / "control" / "staged").touch()
+    waiting.join(30)
+    assert (workspace / "inputs" / "raw" / "raw.csv").exists()
+
+
+def test_a_pod_that_no_worker_asks_for_ends(store, workspace, monkeypatch):
+    monkeypatch.setattr("airflow_mlpipelines.agent.staging._CONTACT_SECONDS", 0.1)
+    with pytest.raises(DataError, match="no worker has asked"):
+        run_stage(make_job(store), workspace)
+
+
+def test_a_link_where_the_step_has_a_file_names_the_input(store, workspace, tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "data").write_text("own")
+    job = make_job(
+        store,
+        snapshot=("lake", make_snapshot(tmp_path / "source", store).digest),
+        links={"raw": ("data", "/mlp/inputs/raw")},
+    )
+    (workspace / "control" / "staged").touch()
+    with pytest.raises(DataError, match=r"step 'train', input 'raw': path_on_compute is 'data'"):
+        run_stage(job, workspace)
+
+
+# ---- committing ----------------------------------------------------------------------------------
+
+
+def test_what_is_committed_once_is_only_told_again(store, workspace):
+    job = make_job(store, outputs={"model": WantedOutput("lake", "run/model", "model")})
+    (workspace / "outputs" / "model").write_text("first")
+    first = commit(job, workspace, say=print)
+    store.delete("run/model")
+    assert commit(job, workspace, say=print) == first
+    assert not store.exists("run/model")
+    assert first["model"]["size"] == 5
+
+
+def test_a_step_that_failed_keeps_its_files_and_commits_nothing(store, workspace):
+    outputs = {"model": WantedOutput("lake", "run/model", "model")}
+    job = make_job(store, outputs=outputs, kept=("lake", "run/_run"))
+    (workspace / "outputs" / "model").write_text("half")
+    (workspace / "code/outputs/deep").mkdir()
+    (workspace / "code/outputs/deep/report").write_text("kept")
+    assert commit(job, workspace, say=print, with_outputs=False) == {}
+    assert store.read_bytes("run/_run/outputs/deep/report") == b"kept"
+    assert not store.exists("run/model")
+    assert not store.exists("run/_run/logs")
+
+
+@pytest.mark.parametrize("link", ["/etc/hostname", "../control/secret"])
+def test_an_output_that_leads_elsewhere_is_not_sent(store, workspace, link):
+    (workspace / "control" / "secret").write_text("canary")
+    (workspace / "outputs" / "model").symlink_to(link)
+    job = make_job(store, outputs={"model": WantedOutput("lake", "run/model", "model")})
+    with pytest.raises(DataError, match=r"step 'train', output 'model': is a symbolic link"):
+        commit(job, workspace, say=print)
+    assert not store.exists("run")
+
+
+def test_kept_files_that_lead_elsewhere_are_left_out(store, workspace):
+    (workspace / "control" / "secret").write_text("canary")
+    (workspace / "code" / "outputs").rmdir()
+    (workspace / "code" / "outputs").symlink_to("../control")
+    (workspace / "code" / "logs" / "x").symlink_to("../../control/secret")
+    commit(make_job(store, kept=("lake", "run/_run")), workspace, say=print)
+    assert not store.exists("run")
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def test_errors_reach_the_worker_as_messages(store, workspace, tmp_path, monkeypatch, capsys):
+    document = tmp_path / "job.json"
+    outputs = {"model": WantedOutput("lake", "run/model", "model")}
+    document.write_text(make_job(store, outputs=outputs).to_json())
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("HOME", "x")
+    monkeypatch.setenv("AIRFLOW_HOME", "x")
+    monkeypatch.setattr(command_line, "_TERMINATION_LOG", tmp_path / "termination")
+    assert command_line.main(["commit", str(document)]) == 3
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error.startswith("step 'train', output 'model': was not made")
+
+    document.write_text(document.read_text().replace('"version": 1', '"version": 7'))
+    monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)
+    assert command_line.main(["stage", str(document)]) == 3
+    assert "version 7" in json.loads((tmp_path / "termination").read_text())["error"]
+
+
+def test_an_error_fits_into_a_termination_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "_TERMINATION_LOG", tmp_path / "termination")
+    command_line._note_failure("ü" * 5000)
+    written = (tmp_path / "termination").read_text()
+    assert len(written) < 4096
+    assert json.loads(written)["error"].startswith("üüü")
+
+
+def test_work_goes_on_when_the_worker_has_gone(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    command_line._answer({"say": "anybody there?"})
+
+
+def test_wrong_use_is_told(capsys):
+    assert command_line.main(["commit"]) == 2
+    assert "stage|commit|keep" in capsys.readouterr().err
+
+
+def test_the_agent_needs_no_more_than_its_image_has():
+    program = (
+        "import sys, airflow_mlpipelines.agent.__main__\n"
+        "print([n for n in ('airflow', 'pydantic', 'sqlalchemy', 'yaml', 'filelock', 'kubernetes') "
+        "if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
