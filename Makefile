@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-from
-EXTRAS := docker,kubernetes,s3,gcs,azure,sftp,http,postgres,celery,demo
+EXTRAS := docker,kubernetes,s3,gcs,azure,sftp,http,conda,postgres,celery,demo
 AGENT_IMAGE ?= mlpipelines-agent:0.1.0
 # Some machines forbid Python to write bytecode; an uncompiled Airflow is slow in every process.
 unexport PYTHONDONTWRITEBYTECODE

@@ -98,6 +98,13 @@ def step_fingerprint(
     placed = {item.name: item.path_on_compute for item in step.inputs if item.path_on_compute}
     if placed:  # most have none, and keep the fingerprints of before there were any
         ingredients["step"]["input_paths"] = placed
+    uploads = {
+        item.name: [item.upload.path, item.upload.path_on_compute]
+        for item in step.outputs
+        if item.upload is not None
+    }
+    if uploads:  # files at another place are another effect
+        ingredients["step"]["uploads"] = uploads
     if step.distributed is not None:  # the number of processes changes what they make
         ingredients["step"]["distributed"] = step.distributed.model_dump()
     direct = sorted(item.name for item in step.inputs if item.mode == "direct")

@@ -73,7 +73,7 @@ class LogPosition:
     def to_dict(self) -> dict[str, Any]:
         """Return a small JSON form, for somebody else to read on from here."""
         entries = self._newest(_HANDED_ON)
-        cut = len(entries) < sum(len(counts) for counts in self._seen.values())
+        cut = len(entries) < len(self._newest(self._kept))
         return {
             "floor": entries[0][0] if cut else self._floor,
             "entries": [[time, stream, count] for time, stream, count in entries],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from airflow_mlpipelines._naming import (
     list_options,
@@ -20,6 +20,7 @@ from airflow_mlpipelines.definition.data import (
     DataReference,
     InputBinding,
     PipelineData,
+    is_upload,
 )
 from airflow_mlpipelines.definition.environment import Environment
 from airflow_mlpipelines.definition.graph import (
@@ -42,6 +43,7 @@ from airflow_mlpipelines.definition.graph import (
     ResourcesSpec,
     StepOutputRef,
     StepSpec,
+    UploadSpec,
 )
 from airflow_mlpipelines.definition.ordering import CycleError, StepOrder, find_handles
 from airflow_mlpipelines.definition.parameters import PipelineParameter
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from airflow_mlpipelines.definition.data import Handle
+    from airflow_mlpipelines.definition.graph import Mode
     from airflow_mlpipelines.definition.pipeline import Pipeline
     from airflow_mlpipelines.definition.steps import PipelineStep
 
@@ -260,6 +263,8 @@ class _Builder:
         for handle in (*step.inputs, *find_handles(step)):
             if id(handle) in inputs or (id(handle) in made and handle not in step.inputs):
                 continue
+            if is_upload(handle):
+                continue
             spec = self._build_input(step, handle)
             if spec is None:
                 continue
@@ -273,14 +278,18 @@ class _Builder:
             inputs[id(handle)] = known
         return {key: spec for key, spec in inputs.items() if named[spec.name] is spec}
 
-    def _build_input(self, step: PipelineStep, handle: Any) -> InputSpec | None:
-        path = getattr(handle, "path_on_compute", None)
+    def _check_path_on_compute(self, step: PipelineStep, path: str | None, port: str) -> None:
         if path is not None and not _is_below_working_directory(path):
             self._report(
                 f"path_on_compute is {path!r}, but it must be a path below the step's working directory",
                 step,
-                f"input {handle.name!r}",
+                port,
             )
+
+    def _build_input(self, step: PipelineStep, handle: Any) -> InputSpec | None:
+        path = getattr(handle, "path_on_compute", None)
+        if path is not None:
+            self._check_path_on_compute(step, path, f"input {handle.name!r}")
         if path is not None and handle.mode == "direct":
             self._report(
                 "has a path_on_compute, but in mode 'direct' nothing is put there; drop one of the two",
@@ -298,7 +307,7 @@ class _Builder:
             return InputSpec(
                 name=handle.name,
                 source=source,
-                mode=handle.mode,
+                mode=cast("Mode", handle.mode),
                 path_on_compute=handle.path_on_compute,
             )
         if not isinstance(handle, (PipelineData, InputBinding)):
@@ -363,7 +372,41 @@ class _Builder:
                 data_type=data.data_type,
                 pipeline_output_name=data.pipeline_output_name,
             )
-        return list(outputs.values())
+        return [*outputs.values(), *self._build_uploads(step, outputs)]
+
+    def _build_uploads(
+        self, step: PipelineStep, outputs: dict[str, OutputSpec]
+    ) -> list[OutputSpec]:
+        """Return the places that the step's files are uploaded to."""
+        uploads: dict[str, OutputSpec] = {}
+        read = {handle.name for handle in step.inputs if not is_upload(handle)}
+        for handle in (*step.inputs, *find_handles(step)):
+            if not is_upload(handle):
+                continue
+            port = f"upload {handle.name!r}"
+            self._check_path_on_compute(step, handle.path_on_compute, port)
+            upload = UploadSpec(
+                path=handle.path_on_datastore,
+                path_on_compute=handle.path_on_compute,
+                overwrite=handle.overwrite,
+            )
+            datastore = self._find_datastore(handle.datastore, step, port)
+            spec = OutputSpec(
+                name=handle.name,
+                datastore=datastore,
+                is_directory=True,
+                mode="upload",
+                upload=upload,
+            )
+            if handle.name in outputs or handle.name in read:
+                self._report(
+                    "is the name of another input or output too; rename one with data_reference_name=",
+                    step,
+                    port,
+                )
+            elif uploads.setdefault(handle.name, spec) != spec:
+                self._report("is the name of two places; rename one", step, port)
+        return list(uploads.values())
 
     # ---- arguments and parameters ----------------------------------------------------------
 
@@ -430,10 +473,17 @@ class _Ports:
     """The names under which a step's program knows its data."""
 
     def __init__(self, step: PipelineStep, inputs: dict[int, InputSpec]) -> None:
-        self._outputs = {id(data): data for data in step.outputs if isinstance(data, PipelineData)}
+        made = {id(data): data for data in step.outputs if isinstance(data, PipelineData)}
         self._parts: dict[int, ArgumentPart] = {
-            key: OutputPart(name=data.output_name) for key, data in self._outputs.items()
+            key: OutputPart(name=data.output_name) for key, data in made.items()
         }
+        sent = {
+            id(handle): handle
+            for handle in (*step.inputs, *find_handles(step))
+            if is_upload(handle)
+        }
+        self._parts |= {key: OutputPart(name=handle.name) for key, handle in sent.items()}
+        self._outputs: dict[int, PipelineData | DataReference] = {**made, **sent}
         self._parts |= {key: InputPart(name=spec.name) for key, spec in inputs.items()}
         self._inputs = inputs
 

@@ -5,13 +5,13 @@ A handle in one step's outputs and another's inputs or arguments is the edge bet
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from airflow_mlpipelines._naming import DATA_NAME
 from airflow_mlpipelines.exceptions import DefinitionError
 
 if TYPE_CHECKING:
-    from airflow_mlpipelines.definition.graph import Mode, OutputMode
+    from airflow_mlpipelines.definition.graph import Mode, OutputMode, ReferenceMode
     from airflow_mlpipelines.definition.steps import PipelineStep
     from airflow_mlpipelines.definition.workspace import Datastore
 
@@ -28,7 +28,7 @@ def _check_name(kind: str, name: str) -> str:
 
 
 class DataReference:
-    """Data that is on a datastore before the pipeline runs.
+    """Data that is on a datastore before the pipeline runs, or with ``mode="upload"`` a place for a step's files.
 
     As text it is the token ``$AZUREML_DATAREFERENCE_<name>``, which an argument may hold; the step's
     process gets the path in its place.
@@ -38,9 +38,11 @@ class DataReference:
         data_reference_name: Its name in the pipeline; by default the datastore's.
         path_on_datastore: The file or directory; by default the datastore's root.
         mode: ``mount`` for the data in place, read-only; ``download`` for a copy of the step's own;
-            ``direct`` for their address, which the program opens by itself.
+            ``direct`` for their address, which the program opens by itself; ``upload`` for an empty directory,
+            whose files are uploaded to this place once the step has succeeded.
         path_on_compute: Where the step's process sees it, relative to its working directory.
-        overwrite: Where it is the destination of a transfer: whether files there that the source lacks are
+        overwrite: In mode ``upload``: whether files of the same names there are replaced; else they are an
+            error. Where it is the destination of a transfer: whether files there that the source lacks are
             deleted. A step's own directories are always new.
         pin: How a run finds out what the data are: by ``content``, or, quicker, by the ``version`` that
             the store tells (etag, generation, or modification time with size).
@@ -54,16 +56,17 @@ class DataReference:
         datastore: Datastore,
         data_reference_name: str | None = None,
         path_on_datastore: str | None = None,
-        mode: Mode = "mount",
+        mode: ReferenceMode = "mount",
         path_on_compute: str | None = None,
         overwrite: bool = False,
         *,
         pin: Literal["content", "version"] = "content",
     ) -> None:
         self.name = _check_name("DataReference", data_reference_name or datastore.name)
-        if mode not in ("mount", "download", "direct"):
+        if mode not in ("mount", "download", "direct", "upload"):
             raise DefinitionError(
-                f"DataReference {self.name!r}: mode is {mode!r}; it can be 'mount', 'download' or 'direct'"
+                f"DataReference {self.name!r}: mode is {mode!r}; it can be 'mount', 'download', 'direct' or "
+                "'upload'"
             )
         if pin not in ("content", "version"):
             raise DefinitionError(
@@ -71,7 +74,7 @@ class DataReference:
             )
         self.datastore = datastore
         self.path_on_datastore = path_on_datastore or ""
-        self.mode: Mode = mode
+        self.mode: ReferenceMode = mode
         self.path_on_compute = path_on_compute
         self.overwrite = overwrite
         self.pin: Literal["content", "version"] = pin
@@ -97,6 +100,12 @@ class DataReference:
         del overwrite
         return self._with(mode="download", path_on_compute=path_on_compute)
 
+    def as_upload(
+        self, path_on_compute: str | None = None, overwrite: bool = False
+    ) -> DataReference:
+        """Return the same place as one that a step's files are uploaded to, once it has succeeded."""
+        return self._with(mode="upload", path_on_compute=path_on_compute, overwrite=overwrite)
+
     def as_mount(self) -> DataReference:
         """Return the same data in place, read-only."""
         return self._with(mode="mount")
@@ -114,8 +123,9 @@ class DataReference:
         *,
         path_on_datastore: str | None = None,
         name: str | None = None,
-        mode: Mode | None = None,
+        mode: ReferenceMode | None = None,
         path_on_compute: str | None = None,
+        overwrite: bool | None = None,
         pin: Literal["content", "version"] | None = None,
     ) -> DataReference:
         return DataReference(
@@ -124,7 +134,7 @@ class DataReference:
             self.path_on_datastore if path_on_datastore is None else path_on_datastore,
             mode or self.mode,
             path_on_compute or self.path_on_compute,
-            self.overwrite,
+            self.overwrite if overwrite is None else overwrite,
             pin=pin or self.pin,
         )
 
@@ -241,3 +251,8 @@ class InputBinding:
 
 Handle = DataReference | PipelineData | InputBinding
 """Anything that stands for data in a step's inputs, outputs or arguments."""
+
+
+def is_upload(handle: Any) -> TypeGuard[DataReference]:
+    """Whether a handle among a step's inputs is a place that its files are uploaded to."""
+    return isinstance(handle, DataReference) and handle.mode == "upload"

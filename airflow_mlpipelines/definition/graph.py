@@ -17,6 +17,7 @@ REGENERATE_ALL = "all"
 ParameterValue = str | int | float | bool
 ParameterType = Literal["string", "int", "float", "bool"]
 Mode = Literal["mount", "download", "direct"]
+ReferenceMode = Literal["mount", "download", "direct", "upload"]
 OutputMode = Literal["mount", "upload"]
 Gpus = int | tuple[str, ...] | None
 """The GPUs of one machine: their number, or their ids (``GPU-…``, or numbers as text)."""
@@ -294,12 +295,27 @@ class InputSpec(SpecModel):
     path_on_compute: str | None = None
 
 
+class UploadSpec(SpecModel):
+    """A place that others may know, to which a step's files are uploaded once it has succeeded.
+
+    Attributes:
+        path: The directory on the datastore.
+        path_on_compute: Where the step's process writes them, besides the path that it is given.
+        overwrite: Whether files of the same names that are there are replaced; else they are an error.
+    """
+
+    path: str
+    path_on_compute: str | None = None
+    overwrite: bool = False
+
+
 class OutputSpec(SpecModel):
     """A named output of a step.
 
     Attributes:
         is_directory: True or False where the author says so; None takes what the program makes.
         pipeline_output_name: The name under which the run as a whole offers it.
+        upload: Where it goes; None for a place of the step run's own.
     """
 
     name: str
@@ -308,6 +324,7 @@ class OutputSpec(SpecModel):
     mode: OutputMode = "mount"
     data_type: str | None = None
     pipeline_output_name: str | None = None
+    upload: UploadSpec | None = None
 
 
 # ---- steps -------------------------------------------------------------------------------------

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from airflow_mlpipelines.definition.computes import LocalCompute
-from airflow_mlpipelines.definition.data import DataReference, InputBinding, PipelineData
+from airflow_mlpipelines.definition.data import (
+    DataReference,
+    InputBinding,
+    PipelineData,
+    is_upload,
+)
 from airflow_mlpipelines.definition.steps import PipelineStep
 from airflow_mlpipelines.exceptions import DefinitionError
 
@@ -65,6 +70,11 @@ class DataTransferStep(PipelineStep):
             raise DefinitionError(
                 f"DataTransferStep {name!r}: source_data_reference is {_show(source)}; it has to be a "
                 "DataReference or a PipelineData"
+            )
+        if is_upload(source):
+            raise DefinitionError(
+                f"DataTransferStep {name!r}: source_data_reference {source.name!r} is in mode 'upload', a place "
+                "that files go to. Drop the mode."
             )
         if not isinstance(destination, (DataReference, PipelineData)):
             raise DefinitionError(

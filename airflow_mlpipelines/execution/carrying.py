@@ -30,7 +30,7 @@ def leave_to_compute(
 ) -> Workplace:
     """Return the workplace with all that the compute can carry by itself in its carriage.
 
-    It is the same for every try of a step run: nothing that is asked here depends on the worker.
+    What is uploaded to places of others is left to the worker. It is the same for every try of a step run: nothing that is asked here depends on the worker.
 
     Args:
         workplace: Where the rest will be.
@@ -65,7 +65,7 @@ def leave_to_compute(
             is_directory=output.is_directory,
         )
         for output in step.outputs
-        if can_carry(stores[output.datastore])
+        if output.upload is None and can_carry(stores[output.datastore])
     }
     default = stores.default
     code, kept = None, None
@@ -76,6 +76,11 @@ def leave_to_compute(
         item.name: item.path_on_compute
         for item in step.inputs
         if code is not None and item.path_on_compute is not None
+    }
+    links |= {
+        output.name: output.upload.path_on_compute
+        for output in step.outputs
+        if code is not None and output.upload is not None and output.upload.path_on_compute
     }
     carriage = Carriage(snapshot=code, inputs=carried, links=links, outputs=outputs, kept=kept)
     return replace(workplace, carriage=carriage, stage=replace(workplace.stage, carried=targets))

@@ -6,7 +6,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.caching.decision import MissReason
-from airflow_mlpipelines.compute.base import DetachedError, RelaunchError, StepLaunch
+from airflow_mlpipelines.compute.base import (
+    DetachedError,
+    RelaunchError,
+    ResolvedEnvironment,
+    StepLaunch,
+)
 from airflow_mlpipelines.definition.graph import ParameterRef
 from airflow_mlpipelines.exceptions import (
     ComputeUnavailableError,
@@ -20,7 +25,7 @@ from airflow_mlpipelines.execution.staging import (
     commit_outputs,
     fill_stage,
     keep_run_files,
-    link_inputs,
+    link_data,
     locate_workplace,
 )
 from airflow_mlpipelines.runtime.contract import render_arguments, step_environment
@@ -31,7 +36,6 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from airflow_mlpipelines.caching.decision import RunPlan
-    from airflow_mlpipelines.compute.base import ResolvedEnvironment
     from airflow_mlpipelines.definition.graph import PipelineGraph, StepSpec
     from airflow_mlpipelines.execution.identity import TaskIdentity
     from airflow_mlpipelines.execution.staging import Workplace
@@ -75,16 +79,13 @@ class StepProgram:
             EnvironmentBuildError: Its environment can't be had.
             DataError: An input can't be had, or an output was not made.
         """
-        step, services, identity = self._step, self._services, self._identity
+        step, services = self._step, self._services
         launcher = services.launcher
         launcher.check_resources(step.name, step.resources)
-        environment = launcher.prepare_environment(
-            step.environment, self._resolve_environment(), emit=services.emit
-        )
-        adopt = launcher.recover(identity.step_run_id, services.handle)
+        adopt = launcher.recover(self._identity.step_run_id, services.handle)
         while True:
             try:
-                return self._run_once(environment, held, adopt=adopt)
+                return self._run_once(held, adopt=adopt)
             except RelaunchError as error:
                 services.emit(str(error))
                 time.sleep(error.pause)
@@ -95,9 +96,16 @@ class StepProgram:
         return self._step.distributed.nodes if self._step.distributed is not None else 1
 
     def _run_once(
-        self, environment: ResolvedEnvironment, held: ExitStack, *, adopt: bool
+        self, held: ExitStack, *, adopt: bool
     ) -> tuple[dict[str, Artifact], dict[str, Any]]:
         step, services, identity = self._step, self._services, self._identity
+        # What runs already, and is not on this machine, needs nothing of what could be away by now.
+        is_elsewhere = adopt and services.launcher.carries_files
+        environment = ResolvedEnvironment(description={})
+        if not is_elsewhere:
+            environment = services.launcher.prepare_environment(
+                step.environment, self._resolve_environment(), emit=services.emit
+            )
         workplace = locate_workplace(
             step,
             services.stores,
@@ -115,14 +123,13 @@ class StepProgram:
         )
         # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
         link = self._graph.computes[step.compute].type == "docker"
-        has_inputs = adopt and services.launcher.carries_files
         workplace = fill_stage(
             workplace,
             step,
             services.stores,
             snapshot=snapshot,
             inputs=self._inputs,
-            fetched=None if has_inputs else FetchedData(services.blobs, held, link=link),
+            fetched=None if is_elsewhere else FetchedData(services.blobs, held, link=link),
             adopt=adopt,
         )
         try:
@@ -192,7 +199,7 @@ class StepProgram:
             if item.mode == "direct" and artifact is not None:
                 inputs[item.name] = artifact.uri
         if not adopt:
-            link_inputs(workplace, step, paths)
+            link_data(workplace, step, paths)
         argv = render_arguments(
             (*step.command, *step.arguments),
             inputs=inputs,

@@ -14,6 +14,7 @@ from airflow_mlpipelines.storage.kept import RUN_FILES, keep_files
 from airflow_mlpipelines.storage.placing import make_writable, place_link
 from airflow_mlpipelines.storage.snapshots import unpack_snapshot
 from airflow_mlpipelines.storage.transfer import commit_output, fetch
+from airflow_mlpipelines.storage.uploads import upload_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from airflow_mlpipelines.compute.base import ProcessPaths
-    from airflow_mlpipelines.definition.graph import StepSpec
+    from airflow_mlpipelines.definition.graph import OutputSpec, StepSpec
     from airflow_mlpipelines.storage.artifact import Artifact
     from airflow_mlpipelines.storage.blobs import BlobCache
     from airflow_mlpipelines.storage.stat_cache import StatCache
@@ -69,10 +70,10 @@ def locate_workplace(
     """Return where the step run will work; nothing is made yet.
 
     Outputs are written in place if they all go to one file store, else they are committed from the
-    worker's disk.
+    worker's disk; what is uploaded to places of others is not looked at for that.
     """
     root = settings.work_directory() / step_run_id
-    targets = {output.datastore for output in step.outputs}
+    targets = {output.datastore for output in step.outputs if output.upload is None}
     store = stores[targets.pop()] if len(targets) == 1 else None
     in_place = store is not None and store.is_local
     outputs_root = (
@@ -122,6 +123,9 @@ def fill_stage(
     stage, carriage = workplace.stage, workplace.carriage
     if not adopt:
         _make_anew(stage, stores, snapshot=snapshot if carriage.snapshot is None else None)
+        for output in step.outputs:
+            if output.upload is not None:
+                stage.outputs[output.name].mkdir()
     paths = {}
     for item in step.inputs:
         artifact = inputs[item.name]
@@ -160,21 +164,30 @@ def _make_anew(stage: Stage, stores: StoreSet, *, snapshot: str | None) -> None:
         (stage.code / kept).mkdir(parents=True, exist_ok=True)
 
 
-def link_inputs(workplace: Workplace, step: StepSpec, paths: ProcessPaths) -> None:
-    """Let the step find inputs in its working directory, where ``path_on_compute`` says.
+def link_data(workplace: Workplace, step: StepSpec, paths: ProcessPaths) -> None:
+    """Let the step find inputs, and directories to upload, in its working directory, where ``path_on_compute`` says.
 
     Raises:
         DataError: A file of the step's own is there already.
     """
     if workplace.carriage.snapshot is not None:  # its links are made where its code is
         return
-    for item in step.inputs:
-        if item.path_on_compute is None or item.name not in paths.inputs:
+    wanted = [
+        (f"input {item.name!r}", item.path_on_compute, paths.inputs.get(item.name))
+        for item in step.inputs
+    ]
+    wanted += [
+        (f"upload {item.name!r}", item.upload.path_on_compute, paths.outputs[item.name])
+        for item in step.outputs
+        if item.upload is not None
+    ]
+    for port, path_on_compute, target in wanted:
+        if path_on_compute is None or target is None:
             continue
         try:
-            place_link(workplace.stage.code, item.path_on_compute, paths.inputs[item.name])
+            place_link(workplace.stage.code, path_on_compute, target)
         except DataError as error:
-            raise DataError(f"step {step.name!r}, input {item.name!r}: {error}") from error
+            raise DataError(f"step {step.name!r}, {port}: {error}") from error
 
 
 def _own(found: Path, target: Path) -> Path:
@@ -201,16 +214,21 @@ def commit_outputs(
 ) -> dict[str, Artifact]:
     """Return the step's outputs, digested and where they stay; those that the compute committed are among them.
 
+    What goes to places of others comes last.
+
     Raises:
         DataError: The program did not make an output, or made it of the wrong kind.
     """
     carriage = workplace.carriage
     artifacts = {}
-    for output in step.outputs:
+    for output in sorted(step.outputs, key=lambda output: output.upload is not None):
         if output.name in carriage.outputs:
             artifacts[output.name] = carriage.committed[output.name]
             continue
         source = workplace.stage.outputs[output.name]
+        if output.upload is not None:
+            artifacts[output.name] = _upload(step, output, stores, source, step_run_id)
+            continue
         try:
             artifacts[output.name] = commit_output(
                 stores[output.datastore],
@@ -224,6 +242,29 @@ def commit_outputs(
         except DataError as error:
             raise DataError(f"step {step.name!r}, output {output.name!r}: {error}") from error
     return artifacts
+
+
+def _upload(
+    step: StepSpec, output: OutputSpec, stores: StoreSet, source: Path, step_run_id: str
+) -> Artifact:
+    """Send files to a place of others, and take them away from here."""
+    if output.upload is None or not source.is_dir():
+        raise DataError(
+            f"step {step.name!r}, upload {output.name!r}: the directory that the program was given is gone."
+        )
+    place = output.upload
+    try:
+        sent = upload_files(
+            stores[output.datastore],
+            place.path,
+            source,
+            overwrite=place.overwrite,
+            step_run=step_run_id,
+        )
+    except DataError as error:
+        raise DataError(f"step {step.name!r}, upload {output.name!r}: {error}") from error
+    shutil.rmtree(source, ignore_errors=True)
+    return sent
 
 
 def keep_run_files(workplace: Workplace, stores: StoreSet) -> list[str]:

@@ -41,7 +41,16 @@ def describe_step(step: StepSpec, graph: PipelineGraph) -> str:
     rows += [(f"input `{item.name}`", _describe_source(item.source)) for item in step.inputs]
     place = step.config.get("destination_path") if step.operator == TRANSFER_OPERATOR else None
     where = f"{place} on" if place else "on"
-    rows += [(f"output `{item.name}`", f"{where} {item.datastore}") for item in step.outputs]
+    rows += [
+        (f"output `{item.name}`", f"{where} {item.datastore}")
+        for item in step.outputs
+        if item.upload is None
+    ]
+    rows += [
+        (f"upload `{item.name}`", f"to {item.upload.path} on {item.datastore}")
+        for item in step.outputs
+        if item.upload is not None
+    ]
     asked = step.resources.model_dump(exclude_none=True)
     if asked:
         rows.append(("resources", ", ".join(f"{name} {value}" for name, value in asked.items())))

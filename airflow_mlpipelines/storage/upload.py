@@ -48,30 +48,44 @@ class _Sent(NamedTuple):
     size: int
 
 
-def upload(store: Store, path: str, files: Mapping[str, Path]) -> dict[str, bytes]:
+def upload(
+    store: Store, path: str, files: Mapping[str, Path], *, alone: bool = True
+) -> dict[str, bytes]:
     """Return the 32 bytes of each file's digest, once all of them are at ``path``.
-
-    The place is its caller's alone: files there that are none of these, which an earlier try has left, are deleted.
 
     Args:
         store: The datastore.
         path: A place on it.
         files: Where each file is on this machine, by its path below ``path``; ``""`` for a single file.
+        alone: Whether the place is its caller's alone. Files there that are none of these, which an earlier try has
+            left, are deleted then.
 
     Raises:
         DataError: A file can't be sent, changes meanwhile, or did not arrive.
     """
     with store.translate_errors(path, "written"):
         present = {file.path: file for file in list_remote(store, path)[0]}
-        for name in sorted(present.keys() - files.keys()):
+        for name in sorted(present.keys() - files.keys()) if alone else ():
             store.filesystem.rm_file(store.remote_path(_join(path, name)))
         digests = _Upload(store, path, present).run(files)
     arrived = {file.path: file.size for file in list_remote(store, path)[0]}
     lost = sorted(name for name, file in files.items() if arrived.get(name) != file.stat().st_size)
-    if lost or len(arrived) != len(files):
+    if lost or (alone and len(arrived) != len(files)):
         said = f": {lost[0]!r} is not there under its name" if lost and lost[0] else ""
         raise DataError(f"did not arrive whole at {store.uri(path)}{said}.")
     return digests
+
+
+def has_content(known: RemoteFile, file: Path) -> bool:
+    """Whether an object has the bytes of a file of this machine, as far as its store tells."""
+    size = file.stat().st_size
+    etag = _plain_etag(known)
+    if etag is None or known.size != size:
+        return False
+    if "-" not in etag:
+        with file.open("rb") as opened:
+            return etag == hashlib.file_digest(opened, _md5).hexdigest()
+    return etag == _etag_in_parts(file, cut(size, _part_size(size)))
 
 
 class _Upload:
@@ -85,7 +99,7 @@ class _Upload:
 
     def run(self, files: Mapping[str, Path]) -> dict[str, bytes]:
         largest = max(file.stat().st_size for file in files.values())
-        part_size = max(PART, -(-largest // _MOST_PARTS))
+        part_size = _part_size(largest)
         unfinished: dict[str, list[str]] = {}
         if self._objects is not None and largest > part_size:
             unfinished = _list_unfinished(self._store, self._store.remote_path(self._path))
@@ -166,14 +180,7 @@ class _LargeFile:
         etag = _plain_etag(known)
         if etag is None or not etag.endswith(f"-{len(self._parts)}"):
             return False
-
-        def take(part: Part) -> bytes:
-            return hashlib.md5(_read_local(self.file, part), usedforsecurity=False).digest()
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            sums = b"".join(pool.map(take, self._parts))
-        whole = hashlib.md5(sums, usedforsecurity=False).hexdigest()
-        return etag == f"{whole}-{len(self._parts)}"
+        return etag == _etag_in_parts(self.file, self._parts)
 
     def begin(self, begun: Sequence[str]) -> None:
         """Go on with the newest of the uploads that were begun, or begin one."""
@@ -287,8 +294,26 @@ def _is_same(file: RemoteFile, data: bytes) -> bool:
     return etag is not None and file.size == len(data) and _is_md5(etag, data)
 
 
+def _part_size(size: int) -> int:
+    return max(PART, -(-size // _MOST_PARTS))
+
+
+def _etag_in_parts(file: Path, parts: Sequence[Part]) -> str:
+    """Return the etag that S3 gives a file which was sent in these parts."""
+
+    def take(part: Part) -> bytes:
+        return bytes(_md5(_read_local(file, part)).digest())
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        sums = b"".join(pool.map(take, parts))
+    return f"{_md5(sums).hexdigest()}-{len(parts)}"
+
+
+_md5 = partial(hashlib.md5, usedforsecurity=False)
+
+
 def _is_md5(etag: str, data: bytes) -> bool:
-    return etag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
+    return etag.strip('"') == _md5(data).hexdigest()
 
 
 def _guess_type(name: str) -> str | None:

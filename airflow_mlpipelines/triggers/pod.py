@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,11 @@ _FIRST_EVENT_SECONDS = 5.0
 _RENEW_SECONDS = 60.0
 LEASE_SECONDS = 300.0
 """How long the lease of a step that runs without a worker lasts while no triggerer is there to renew it."""
+_TAKEOVER_SECONDS = 30.0
+_ANSWER_SECONDS = 10.0
+"""A triggerer's first question of this kind takes long: it loads an API server for it."""
 _KILL_PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0)
+_removals: set[asyncio.Task[None]] = set()
 _lines = structlog.get_logger("airflow_mlpipelines.step")
 
 
@@ -37,6 +42,7 @@ class PodTrigger(BaseTrigger):
     def __init__(self, watch: dict[str, Any], lease: Mapping[str, str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
+        self._token = uuid.uuid4().hex
         self.lease = dict(lease) if lease is not None else None
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
@@ -54,7 +60,8 @@ class PodTrigger(BaseTrigger):
         too_soon = asyncio.create_task(asyncio.sleep(_FIRST_EVENT_SECONDS))
         renewing = asyncio.create_task(self._renew())
         try:
-            news = await PodAwaiter(PodWatch.from_dict(self.watch), _emit).wait()
+            watch = PodWatch.from_dict(self.watch)
+            news = await PodAwaiter(watch, _emit, token=self._token).wait()
             await too_soon
             yield TriggerEvent(news.to_dict())
         finally:
@@ -65,21 +72,31 @@ class PodTrigger(BaseTrigger):
     async def on_kill(self) -> None:
         """Remove the pod and give the lease back: somebody has stopped or cleared the task.
 
-        Airflow calls this also where another triggerer has taken the trigger over, whose task is still
-        deferred then: nothing is removed.
+        Airflow calls this also where another triggerer has taken the trigger over: a task that is still
+        deferred gets half a minute, in which whoever goes on with the pod takes it over. And it cancels this, too, when it takes longer than a second or
+        so, by cancelling the trigger again: the removal goes on all the same.
         """
+        removal = asyncio.create_task(self._end())
+        _removals.add(removal)
+        removal.add_done_callback(_removals.discard)
+        await asyncio.shield(removal)
+
+    async def _end(self) -> None:
         from airflow_mlpipelines.compute.kubernetes.awaiting import remove_pods
         from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
         from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch
         from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
-        if await self._is_still_deferred():
-            return
+        asked = asyncio.create_task(self._is_still_deferred())
+        done, _ = await asyncio.wait([asked], timeout=_ANSWER_SECONDS)
+        if done and asked.result():
+            await asyncio.sleep(_TAKEOVER_SECONDS)
         watch = PodWatch.from_dict(self.watch)
         for pause in _KILL_PAUSES:
             await asyncio.sleep(pause)
             try:
-                await remove_pods(watch)
+                if not await remove_pods(watch, token=self._token):
+                    return
             except (ClusterError, ComputeUnavailableError) as error:
                 self.log.warning("Pod %s can't be removed: %s", ", ".join(watch.pods), error)
             else:

@@ -8,7 +8,7 @@
 # Usage: images.sh FOLDER    The folder that build.sh prints.
 set -euo pipefail
 
-recipe=2 # raise it when a stand-in is made in another way
+recipe=3 # raise it when a stand-in is made in another way
 label=airflow-mlpipelines.stand-in
 programs="${1:?usage: images.sh FOLDER}"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -17,6 +17,7 @@ SHARED_SETTINGS = {
     ("core", "default_task_retries"),
     ("core", "default_task_retry_delay"),
     ("workers", "max_failed_heartbeats"),
+    ("workers", "execution_api_timeout"),
     ("celery_broker_transport_options", "visibility_timeout"),
     ("mlpipelines", "metadata_conn_id"),
 }
@@ -52,13 +53,15 @@ def test_the_workspace_is_one_and_is_found(values, workspace):
 
 def test_the_rights_are_for_the_workers_in_the_namespace_of_the_compute(values, rights, workspace):
     role, binding = rights
-    [subject] = binding["subjects"]
+    accounts = [subject["name"] for subject in binding["subjects"]]
 
     assert {manifest["metadata"]["namespace"] for manifest in rights} == {
         workspace.default_compute.spec.namespace
     }
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
-    assert subject["name"] == values["workers"]["serviceAccount"]["name"]
+    assert accounts == [
+        values[component]["serviceAccount"]["name"] for component in ("workers", "triggerer")
+    ]
     assert values["allowPodLaunching"] is False  # the chart's own, broader rights
 
 

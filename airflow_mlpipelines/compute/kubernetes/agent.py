@@ -74,7 +74,8 @@ def make_job(launch: StepLaunch) -> Job:
     stores = {store.name: store for store, _ in carriage.inputs.values()}
     stores |= {item.store.name: item.store for item in carriage.outputs.values()}
     stores |= {store.name: store for store, _ in filter(None, (carriage.snapshot, carriage.kept))}
-    addresses = container_paths(stage, None).inputs
+    paths = container_paths(stage, None)
+    addresses = {**paths.outputs, **paths.inputs}
     return Job(
         release=airflow_mlpipelines.__version__,
         step=launch.step_name,

@@ -53,6 +53,9 @@ def stage_members(stage: Stage, shared: Collection[str] = ()) -> Iterator[Member
         for parent in path.relative_to(stage.outputs_root).parents
         if parent != Path()
     }
+    parents |= {
+        path.relative_to(stage.outputs_root) for path in stage.outputs.values() if path.is_dir()
+    }  # where files to upload are written
     for parent in sorted(parents):
         yield Member(f"outputs/{parent.as_posix()}")
     yield Member("inputs")

@@ -190,6 +190,8 @@ class AsyncCluster:
         from aiohttp import ClientTimeout
 
         headers = await asyncio.to_thread(self._headers)
+        if method == "PATCH":
+            headers["Content-Type"] = "application/merge-patch+json"
         with _errors():
             return await self._open_session.request(
                 method,

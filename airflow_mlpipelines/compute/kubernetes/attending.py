@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     remove_pod,
     take_over,
 )
-from airflow_mlpipelines.compute.kubernetes.logs import LogFollower
+from airflow_mlpipelines.compute.kubernetes.logs import LogFollower, read_tail
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP, label_value
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
 from airflow_mlpipelines.compute.kubernetes.transfer import collect, deliver
@@ -71,6 +71,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TAIL_LINES = 50
+"""How much of its log a failed step's error shows."""
 _GONE_SECONDS = 15.0
 _INTERRUPTED_SECONDS = 4.0
 _PAUSE = 0.2
@@ -145,6 +147,7 @@ class PodAttendant:
         self._note = note
         self._stops = stops
         self._news = PodNews.from_dict(launch.news) if launch.news is not None else None
+        self._tail: tuple[str, ...] = ()
 
     @property
     def _compute(self) -> KubernetesComputeSpec:
@@ -173,6 +176,7 @@ class PodAttendant:
             self._prepare(pod, is_new=True)
         else:
             take_over(self._cluster, pod, self._token)
+            self._spec = replace(self._spec, image_name=_image_name(pod) or self._spec.image_name)
             if self._news is None:
                 log.info("Adopting pod %s of an earlier try, with its log so far:", self._spec.name)
             else:
@@ -188,6 +192,7 @@ class PodAttendant:
             StepFailedError: It did not.
         """
         code = end.step.get("exitCode") if end.step is not None else None
+        log_tail = self._tail or log_tail
         if self._stops.killed:
             raise self._was_killed(log_tail)
         if self._stops.expired:
@@ -370,7 +375,7 @@ class PodAttendant:
                 break
             ended = container_state(pod, STAGE)[0] == "terminated"
             with suppress(ClusterError):
-                follower.read(follow=True, until=self._stays_until)
+                follower.read(follow=True, until=math.inf if ended else self._stays_until)
             if ended:
                 break
             if time.monotonic() > self._stays_until:
@@ -410,6 +415,8 @@ class PodAttendant:
         """Have what the step has made committed, or bring it to the worker."""
         succeeded = end.step is not None and end.step.get("exitCode") == 0 and not self._stops
         spec = self._spec
+        if self._news is not None and not succeeded:  # a trigger has handed on the lines before
+            self._tail = read_tail(self._cluster, spec.name, lines=TAIL_LINES)
         image = _image_id(end.pod)
         if image is not None and "@" not in spec.image_name:
             log.info("Image %s was %s", spec.image_name, image)
@@ -453,6 +460,13 @@ class PodAttendant:
 
     def _was_killed(self, log_tail: tuple[str, ...] = ()) -> StepFailedError:
         return StepFailedError(self._launch.step_name, "it was killed", log_tail=log_tail)
+
+
+def _image_name(pod: Mapping[str, Any]) -> str | None:
+    for container in pod["spec"]["containers"]:
+        if container["name"] == STEP:
+            return str(container["image"])
+    return None
 
 
 def _image_id(pod: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.kubernetes.async_cluster import AsyncCluster
-from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
+from airflow_mlpipelines.compute.kubernetes.cluster import NOT_FOUND, ClusterError
 from airflow_mlpipelines.compute.kubernetes.detaching import (
     Awaited,
     PodNews,
@@ -18,9 +18,9 @@ from airflow_mlpipelines.compute.kubernetes.detaching import (
     judge,
     remember,
 )
-from airflow_mlpipelines.compute.kubernetes.lifetime import KILL_SECONDS
+from airflow_mlpipelines.compute.kubernetes.lifetime import KILL_SECONDS, belongs_to
 from airflow_mlpipelines.compute.kubernetes.logs import StepLog
-from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, STEP
+from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, OWNER, STEP
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
@@ -47,15 +47,19 @@ _REACHED = frozenset({Reason.ENDED, Reason.OVER, Reason.GONE})
 class PodAwaiter:
     """Waits until there is something for a worker to do about the pods of one step run."""
 
-    def __init__(self, watch: PodWatch, emit: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, watch: PodWatch, emit: Callable[[str, str], None], *, token: str = ""
+    ) -> None:
         """Prepare; nothing is asked of the cluster yet.
 
         Args:
             watch: What to wait for.
+            token: A word of its own, which it notes at the pods: they are its own from then on.
             emit: Takes the time at which a line was printed, and the line.
         """
         self._watch = watch
-        self._emit = emit
+        self._token = token
+        self._is_owner = not token
         self._pods: dict[str, Json] = {}
         self._last: dict[str, Json] = {}
         self._logs = {name: StepLog(emit, watch.logs.get(name)) for name in watch.pods}
@@ -105,6 +109,7 @@ class PodAwaiter:
                 self._pods = {}
                 for pod in found["items"]:
                     self._take(pod)
+                await self._take_over(cluster)
                 reason = self._judge(cluster)
                 if reason is None:
                     version = str(found["metadata"]["resourceVersion"])
@@ -152,6 +157,18 @@ class PodAwaiter:
                 return None
             finally:
                 await changes.close()
+
+    async def _take_over(self, cluster: AsyncCluster) -> None:
+        if self._is_owner:
+            return
+        for name in self._pods:
+            body = {"metadata": {"annotations": {OWNER: self._token}}}
+            try:
+                await cluster.ask("PATCH", f"pods/{name}", body=body)
+            except ClusterError as error:
+                if error.status != NOT_FOUND:
+                    raise
+        self._is_owner = True
 
     def _take(self, pod: Json) -> None:
         meta = pod["metadata"]
@@ -202,21 +219,33 @@ class PodAwaiter:
             await asyncio.sleep(_CONTACT_SECONDS)
 
 
-async def remove_pods(watch: PodWatch) -> None:
-    """Have the pods deleted, with their Job and Service where they have some, and their Secret.
+async def remove_pods(watch: PodWatch, *, token: str) -> bool:
+    """Have the pods deleted, with their Secret, Job and Service, if nobody has taken them over from who has this token.
+
+    Returns:
+        Whether there was anything to delete.
 
     Raises:
         ClusterError: The cluster does not answer.
         ComputeUnavailableError: No way to it is known here.
     """
     async with AsyncCluster(watch.access) as cluster:
-        for name, uid in watch.pods.items():
-            await cluster.delete("pods", name, seconds=KILL_SECONDS, uid=uid)
-        if watch.job is not None:
+        found = await cluster.ask("GET", "pods", query={"labelSelector": watch.selector})
+        own = [
+            pod
+            for pod in found["items"]
+            if belongs_to(pod, token)
+            and watch.pods.get(pod["metadata"]["name"]) == pod["metadata"]["uid"]
+        ]
+        for pod in own:
+            meta = pod["metadata"]
+            await cluster.delete("pods", meta["name"], seconds=KILL_SECONDS, uid=meta["uid"])
+        if own and watch.job is not None:
             await cluster.delete("jobs", watch.job, seconds=0)
             await cluster.delete("services", watch.job, seconds=0)
-        if watch.secret is not None:
+        if own and watch.secret is not None:
             await cluster.delete("secrets", watch.secret, seconds=0)
+        return bool(own)
 
 
 class _UnseenError(Exception):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import DetachedError
 from airflow_mlpipelines.compute.gang_logs import GangLogs
-from airflow_mlpipelines.compute.kubernetes.attending import choose_stay
+from airflow_mlpipelines.compute.kubernetes.attending import TAIL_LINES, choose_stay
 from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError, ClusterLostError
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews
 from airflow_mlpipelines.compute.kubernetes.failures import end_failure, lost_unseen
@@ -32,8 +32,13 @@ from airflow_mlpipelines.compute.kubernetes.gang_start import (
     at_node,
     await_pods,
 )
-from airflow_mlpipelines.compute.kubernetes.lifetime import KILL_SECONDS, belongs_to, has_files
-from airflow_mlpipelines.compute.kubernetes.logs import LogFollower
+from airflow_mlpipelines.compute.kubernetes.lifetime import (
+    KILL_SECONDS,
+    belongs_to,
+    has_files,
+    take_over,
+)
+from airflow_mlpipelines.compute.kubernetes.logs import LogFollower, read_tail
 from airflow_mlpipelines.compute.kubernetes.pod import OWNER, STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
 from airflow_mlpipelines.compute.kubernetes.transfer import deliver
@@ -114,6 +119,8 @@ class GangAttendant:
         else:
             body = {"metadata": {"annotations": {OWNER: self._token}}}
             self._cluster.ask("PATCH", f"jobs/{self._spec.name}", body=body)
+            for pod in pods:  # from a trigger, which notes at them that they are its own
+                take_over(self._cluster, pod, self._token)
             if self._news is None:
                 log.info("Adopting Job %s of an earlier try, with its log so far:", self._spec.name)
             else:
@@ -228,9 +235,7 @@ class GangAttendant:
                     self._launch.step_name,
                     "a later try has adopted its pods, and goes on with them",
                 )
-            succeeded = not self._stops and all(_code(end) == 0 for end in logs.ends.values())
-            names = [str(end.pod["metadata"]["name"]) for _, end in sorted(logs.ends.items())]
-            fetch_nodes(cluster, self._launch, self._spec.pod, names, with_outputs=succeeded)
+            self._fetch(logs)
         except (ClusterLostError, ClusterError, DetachedError):
             raise  # the pods are left alone, for the next try to adopt
         except BaseException as error:
@@ -252,6 +257,18 @@ class GangAttendant:
         self._remove()
         self._note.set(None)
         return logs
+
+    def _fetch(self, logs: GangLogs[PodEnd]) -> None:
+        """Bring to the worker what all nodes have made, and the end of the log of the one to blame."""
+        cluster = self._cluster
+        succeeded = not self._stops and all(_code(end) == 0 for end in logs.ends.values())
+        names = [str(end.pod["metadata"]["name"]) for _, end in sorted(logs.ends.items())]
+        culprit = find_culprit(logs.ends)
+        if self._news is not None and culprit is not None:
+            # A trigger has handed on the lines before.
+            logs.tails[culprit].clear()
+            logs.tails[culprit].extend(read_tail(cluster, names[culprit], lines=TAIL_LINES))
+        fetch_nodes(cluster, self._launch, self._spec.pod, names, with_outputs=succeeded)
 
     def _remove(self) -> None:
         """Remove pods whose ends are known, and of which nothing is needed any more."""

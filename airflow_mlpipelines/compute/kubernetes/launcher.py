@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_mlpipelines.compute.base import Launcher
 from airflow_mlpipelines.compute.container_layout import container_paths
 from airflow_mlpipelines.compute.kubernetes.agent import add_agent, can_carry
-from airflow_mlpipelines.compute.kubernetes.attending import PodAttendant, Stops
+from airflow_mlpipelines.compute.kubernetes.attending import TAIL_LINES, PodAttendant, Stops
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     PATIENCE_SECONDS,
     UNREACHABLE,
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TAIL_LINES = 50
 _TAIL_CHARACTERS = 2000
 _KILL_ANSWER_SECONDS = 1.0
 
@@ -216,7 +215,7 @@ class KubernetesLauncher(Launcher):
                 own.delete("pods", name, seconds=KILL_SECONDS, uid=pod["metadata"]["uid"])
 
     def _run_pod(self, launch: StepLaunch, emit: Emit, note: PodNote) -> None:
-        tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        tail: deque[str] = deque(maxlen=TAIL_LINES)
 
         def hand_on(line: str) -> None:
             tail.append(line[:_TAIL_CHARACTERS])
@@ -227,10 +226,8 @@ class KubernetesLauncher(Launcher):
             self._cluster, launch, spec, token=self._token, note=note, stops=self._stops
         )
         self._name = spec.name
-        try:
-            end = attendant.run(self._find_pod(launch, note), hand_on)
-        finally:
-            self._name = None
+        end = attendant.run(self._find_pod(launch, note), hand_on)
+        self._name = None
         attendant.check(end, tuple(tail))
 
     def _run_gang(self, launch: StepLaunch, emit: Emit, note: PodNote) -> None:
@@ -240,10 +237,8 @@ class KubernetesLauncher(Launcher):
             self._cluster, prepared, spec, token=self._token, note=note, stops=self._stops
         )
         self._gang, self._name = launch.step_run_id, spec.name
-        try:
-            attendant.run(emit)
-        finally:
-            self._name = None
+        attendant.run(emit)
+        self._name = None
 
     def _plan(self, launch: StepLaunch) -> PodSpec:
         image = self._images.name or launch.image or ""

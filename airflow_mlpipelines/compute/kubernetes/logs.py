@@ -13,6 +13,7 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
 from airflow_mlpipelines.compute.kubernetes.pod import STEP
 from airflow_mlpipelines.compute.log_lines import LineFolder
 from airflow_mlpipelines.compute.log_position import LogEntry, LogPosition
@@ -158,6 +159,17 @@ class LogFollower:
     def to_dict(self) -> dict[str, Any]:
         """Return where somebody else is to read on."""
         return self._log.to_dict()
+
+
+def read_tail(cluster: Cluster, pod: str, *, lines: int) -> tuple[str, ...]:
+    """Return the last lines of a step's log; none if it can't be read any more."""
+    query = {"container": STEP, "tailLines": str(lines)}
+    try:
+        with cluster.open(f"pods/{pod}/log", query=query, seconds=_SILENCE_SECONDS) as response:
+            folder, read = LineFolder(), response.read()
+    except ClusterError:
+        return ()
+    return (*folder.feed(read), *folder.finish())
 
 
 class _LineReader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ class Lake:
 
     Attributes:
         requests: Who asked, the method, and the key.
+        slow: Seconds that pods wait for each object.
     """
 
     url: str
@@ -34,6 +36,7 @@ class Lake:
     key: str
     secret: str
     requests: list[tuple[str, str, str]] = field(default_factory=list)
+    slow: float = 0.0
 
     @property
     def root(self) -> str:
@@ -104,6 +107,8 @@ def serve_s3(host: str | None) -> Iterator[Lake]:
             who, how, path = (environ[x] for x in ("REMOTE_ADDR", "REQUEST_METHOD", "PATH_INFO"))
             # WSGI has paths as Latin-1, whatever they are.
             lake.requests.append((who, how, path.encode("latin-1").decode()))
+            if who != host and how == "GET" and path.startswith(f"/{bucket}/team/"):
+                time.sleep(lake.slow)
             return answer(environ, start_response)
 
         running.app = app

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,79 +14,235 @@ import pytest
 
 from airflow_mlpipelines.cli.stack import AirflowStack
 from airflow_mlpipelines.submission.rest import AirflowClient
+from tests.integration.kubernetes.rights import grant_rights
 from tests.integration.kubernetes.steps import IMAGE, make_api, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.stack]
 
-DAG = '''
-"""Steps in pods, for airflow to wait for. A dag."""
-from airflow_mlpipelines import CommandStep, KubernetesCompute, Pipeline, PipelineData, Workspace
+CANARY = "canary-4711"
+DAG = """
+# Steps in pods, for airflow to wait for. A dag.
+from datetime import timedelta
+from airflow_mlpipelines import CommandStep, KubernetesCompute, Pipeline, PipelineData, Resources, Workspace
 
 ws = Workspace.from_config()
-cluster = KubernetesCompute(
-    "cluster", namespace={namespace!r}, image={image!r}, in_cluster=False, defer_after_seconds=2
-)
-count = """
-import os, sys, time
-for number in range(int(sys.argv[1])):
-    print("number", number, flush=True)
-    time.sleep(0.1)
-open(sys.argv[2], "w").write("counted " + sys.argv[1])
-"""
-for name, numbers in (("counting", 200), ("endless", 100000)):
+COUNT = '\\n'.join([
+    "import sys, time",
+    "for number in range(int(sys.argv[1])):",
+    "    print('number', number, flush=True); time.sleep(0.1)",
+    "open(sys.argv[2], 'w').write('counted ' + sys.argv[1])",
+])
+
+def pipeline(name, numbers, compute=None, step=None, **options):
+    fields = dict(namespace={namespace!r}, image={image!r}, in_cluster=False, defer_after_seconds=2)
     out = PipelineData("out")
-    step = CommandStep(
-        ["python3", "-c", count, str(numbers), out], name="count", outputs=[out],
-        compute_target=cluster, allow_reuse=False,
+    command = CommandStep(
+        ["python3", "-c", COUNT, str(numbers), out], name="count", outputs=[out], allow_reuse=False,
+        compute_target=KubernetesCompute("cluster", **(fields | (compute or dict()))), **(step or dict()),
     )
-    globals()[name] = Pipeline(ws, [step], name=name).to_dag()
-'''
+    globals()[name] = Pipeline(ws, [command], name=name).to_dag(**options)
+
+pipeline("counting", 200, step=dict(secrets=dict(PASSWORD="canary")))
+pipeline("stopped", 100000, step=dict(secrets=dict(PASSWORD="canary")))
+pipeline("cleared", 100001)
+pipeline("too_long", 100002, dagrun_timeout=timedelta(seconds=20))
+pipeline("expired", 100003, step=dict(timeout=8))
+pipeline("taken", 60)
+pipeline("orphaned", 300)
+pipeline("attended", 150, compute=dict(deferrable=False), step=dict(retries=1, retry_delay=1))
+pipeline("unschedulable", 1, compute=dict(schedule_timeout_seconds=12, gpus=64), step=dict(resources=Resources(gpus=64)))
+"""
+
+
+@dataclass
+class World:
+    """A running Airflow, and the cluster that its steps run on."""
+
+    stack: AirflowStack
+    client: AirflowClient
+    cluster: Any
+
+    def start(self, dag_id: str) -> Run:
+        return Run(self, dag_id, self.client.trigger(dag_id))
+
+
+@dataclass
+class Run:
+    """One run of a pipeline whose one step is ``count``."""
+
+    world: World
+    dag_id: str
+    run_id: str
+
+    @property
+    def task(self) -> Any:
+        tasks = self.world.client.list_task_instances(self.dag_id, self.run_id)
+        return next(task for task in tasks if task["task_id"] == "count")
+
+    @property
+    def state(self) -> Any:
+        return self.task["state"]
+
+    def log(self, try_number: int = 1) -> str:
+        return "\n".join(self.world.client.get_log(self.dag_id, self.run_id, "count", try_number))
+
+    def numbers(self, try_number: int = 1) -> list[int]:
+        return [int(found) for found in re.findall(r"(?m)number (\d+)$", self.log(try_number))]
+
+    def error(self) -> str:
+        """Return the exception that the task ended with, as its log has it."""
+        path = f"/api/v2/dags/{self.dag_id}/dagRuns/{self.run_id}/taskInstances/count/logs/1"
+        found = self.world.client._send("GET", path).json()["content"]
+        return " ".join(str(line["error_detail"]) for line in found if line.get("error_detail"))
+
+    def has_left_nothing(self) -> bool:
+        """Wait until what was told to go is gone."""
+        self.wait_until(lambda run: not run.pods(), "its pods and Secrets are gone")
+        return True
+
+    def pods(self) -> list[Any]:
+        selector = f"airflow-mlpipelines.dag_id={self.dag_id}"
+        api, namespace = make_api(self.world.cluster.kubeconfig), self.world.cluster.namespace
+        found = api.list_namespaced_pod(namespace, label_selector=selector).items
+        return found + api.list_namespaced_secret(namespace, label_selector=selector).items
+
+    def pod(self) -> Any:
+        return next(iter(self.pods()), None)
+
+    def wait_until(self, condition: Callable[[Run], Any], what: str) -> Any:
+        try:
+            return wait_until(lambda: condition(self), what, seconds=150)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {self.state}: {self.log()}") from None
+
+    def wait_until_deferred(self, *, numbers: int = 1) -> None:
+        self.wait_until(lambda run: run.state == "deferred", "it is deferred")
+        self.wait_until(lambda run: len(run.numbers()) >= numbers, "lines come meanwhile")
+
+    def finish(self) -> str:
+        ended = ("success", "failed", "skipped", "upstream_failed")
+        return str(self.wait_until(lambda run: run.state in ended and run.state, "its end"))
 
 
 @pytest.fixture(scope="module")
-def airflow(cluster: Any, tmp_path_factory: Any) -> Iterator[AirflowClient]:
+def world(cluster: Any, tmp_path_factory: Any) -> Iterator[World]:
     home = tmp_path_factory.mktemp("airflow")
     dags = home / "dags"
     dags.mkdir()
     (dags / "pods.py").write_text(DAG.format(namespace=cluster.namespace, image=IMAGE))
-    settings = {"KUBECONFIG": str(cluster.kubeconfig)}
+    account = grant_rights(cluster)[0]  # with no other rights than those that we say it takes
+    account.write_kubeconfig(home / "kubeconfig")
+    settings = {
+        "KUBECONFIG": str(home / "kubeconfig"),
+        "AIRFLOW_CONN_CANARY": f"generic://:{CANARY}@",
+        # So that a triggerer that was killed is missed soon.
+        "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "1",
+        "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "8",
+    }
     with AirflowStack(home, dags, settings=settings) as stack:
         client = AirflowClient(stack.url, username=stack.username, password=stack.password)
-        for dag_id in ("counting", "endless"):
-            wait_until(lambda dag_id=dag_id: client.find_dag(dag_id), f"DAG {dag_id} is there")
+        for dag_id in re.findall(r'(?m)^pipeline\("(\w+)"', DAG):
+            wait_until(
+                lambda dag_id=dag_id: client.find_dag(dag_id) or client.list_import_errors(),
+                f"DAG {dag_id} is there",
+            )
+            assert client.list_import_errors() == []
             client.unpause(dag_id)
-        yield client
+        yield World(stack, client, cluster)
 
 
-def state(airflow: AirflowClient, dag_id: str, run_id: str, task_id: str = "count") -> Any:
-    tasks = airflow.list_task_instances(dag_id, run_id)
-    return next(task["state"] for task in tasks if task["task_id"] == task_id)
-
-
-def numbers(airflow: AirflowClient, dag_id: str, run_id: str, try_number: int = 1) -> list[int]:
-    log = airflow.get_log(dag_id, run_id, "count", try_number)
-    return [int(found[1]) for line in log if (found := re.search(r"number (\d+)$", line))]
-
-
-def test_a_long_step_holds_no_slot_and_its_log_has_every_line_once(
-    airflow: AirflowClient, cluster: Any
-) -> None:
-    run_id = airflow.trigger("counting")
-    wait_until(lambda: state(airflow, "counting", run_id) == "deferred", "it is deferred")
-    seen = len(numbers(airflow, "counting", run_id))
-    wait_until(
-        lambda: len(numbers(airflow, "counting", run_id)) > seen + 20, "lines come meanwhile"
-    )
-    assert state(airflow, "counting", run_id) == "deferred"
-    wait_until(
-        lambda: airflow.get_run("counting", run_id)["state"] in ("success", "failed"), "its end"
-    )
-    log = "\n".join(airflow.get_log("counting", run_id, "count", 1))
-    assert state(airflow, "counting", run_id) == "success", log
-    assert numbers(airflow, "counting", run_id) == list(range(200)), log
-    made = airflow.find_xcom("counting", run_id, "count", "out")
+def test_a_long_step_holds_no_slot_and_its_log_has_every_line_once(world: World) -> None:
+    run = world.start("counting")
+    run.wait_until_deferred(numbers=30)
+    assert run.state == "deferred"
+    assert run.finish() == "success", run.log()
+    assert run.numbers() == list(range(200)), run.log()
+    assert CANARY not in run.log()
+    made = world.client.find_xcom("counting", run.run_id, "count", "out")
     assert Path(made["uri"].removeprefix("file://")).read_text() == "counted 200"
-    assert make_api(cluster.kubeconfig).list_namespaced_pod(cluster.namespace).items == []
+    assert run.has_left_nothing()
+    assert list((world.stack.home / "mlpipelines" / "work").glob("*")) == []
+
+
+def test_whatever_ends_a_deferred_task_ends_its_pod(world: World) -> None:
+    stopped, cleared, too_long = (
+        world.start(dag_id) for dag_id in ("stopped", "cleared", "too_long")
+    )
+    stopped.wait_until_deferred()
+    assert len(stopped.pods()) == 2  # and its Secret
+    world.client._send(
+        "PATCH",
+        f"/api/v2/dags/stopped/dagRuns/{stopped.run_id}/taskInstances/count",
+        json={"new_state": "failed"},
+    ).raise_for_status()
+    cleared.wait_until_deferred()
+    first = cleared.pod().metadata.uid
+    world.client.clear("cleared", cleared.run_id, ["count"])
+
+    assert stopped.has_left_nothing()
+    cleared.wait_until(
+        lambda run: (
+            [pod.metadata.uid for pod in run.pods()] not in ([], [first])
+            and first not in [pod.metadata.uid for pod in run.pods()]
+        ),
+        "only a new pod is there",
+    )
+    assert too_long.has_left_nothing()
+    cleared.wait_until(lambda run: run.numbers(2), "the new pod is left to itself")
+    world.client.cancel("cleared", cleared.run_id)
+    assert cleared.has_left_nothing()
+
+
+def test_a_pod_taken_away_is_launched_again_and_costs_no_retry(world: World) -> None:
+    run = world.start("taken")
+    run.wait_until_deferred()
+    api = make_api(world.cluster.kubeconfig)
+    api.delete_namespaced_pod(run.pod().metadata.name, world.cluster.namespace)
+    assert run.finish() == "success", run.log()
+    assert run.task["try_number"] == 1
+    assert re.search(r"took its pod away \(.*\); launched again \(1 of 5\)", run.log())
+    assert run.numbers()[-60:] == list(range(60))
+    assert run.has_left_nothing()
+
+
+def test_a_step_whose_time_is_up_or_that_fits_nowhere_is_told_while_deferred(world: World) -> None:
+    expired, unschedulable = (world.start(dag_id) for dag_id in ("expired", "unschedulable"))
+    assert unschedulable.finish() == "failed"
+    assert "DEFERRED" in unschedulable.log()
+    assert re.search(
+        r"no node of compute .cluster.*Insufficient nvidia.com/gpu", unschedulable.error()
+    )
+    assert expired.finish() == "failed"
+    assert "ran longer than its timeout of 8 seconds" in expired.error()
+    for run in (expired, unschedulable):
+        assert run.has_left_nothing()
+
+
+def test_a_triggerer_that_is_killed_loses_and_doubles_no_line(world: World) -> None:
+    run = world.start("orphaned")
+    run.wait_until_deferred(numbers=40)
+    first = run.pod().metadata.uid
+    os.killpg(world.stack._processes["triggerer"].pid, signal.SIGKILL)
+    world.stack._processes["triggerer"].wait()
+    time.sleep(2)
+    world.stack._processes["triggerer"] = world.stack._spawn("triggerer")
+    run.wait_until(lambda run: run.state == "deferred" and run.pod(), "it is still deferred")
+    assert run.pod().metadata.uid == first
+    assert run.finish() == "success", run.log()
+    assert run.numbers() == list(range(300)), run.log()
+    assert run.has_left_nothing()
+
+
+def test_a_worker_that_is_killed_is_followed_by_one_that_adopts_the_pod(world: World) -> None:
+    run = world.start("attended")
+    run.wait_until(lambda run: len(run.numbers()) > 20, "lines come")
+    first = run.pod().metadata.uid
+    os.kill(run.task["pid"], signal.SIGKILL)
+    run.wait_until(lambda run: run.task["try_number"] == 2, "the next try")
+    assert run.pod().metadata.uid == first
+    assert run.finish() == "success", run.log(2)
+    assert run.numbers(2) == list(range(150)), run.log(2)
+    assert run.has_left_nothing()

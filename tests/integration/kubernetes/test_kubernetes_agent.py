@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
+import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +21,18 @@ from airflow_mlpipelines import (
     PythonScriptStep,
     Workspace,
 )
-from airflow_mlpipelines.compute.base import Carriage, CarriedOutput, Stage
+from airflow_mlpipelines.compute.base import Carriage, CarriedOutput, DetachedError, Stage
 from airflow_mlpipelines.compute.kubernetes import attending
+from airflow_mlpipelines.compute.kubernetes.awaiting import PodAwaiter
 from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
+from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch, Reason
 from airflow_mlpipelines.exceptions import DataError, StepFailedError
 from airflow_mlpipelines.storage.snapshots import make_snapshot
 from airflow_mlpipelines.storage.transfer import pin_external
 from tests.dags.conftest import airflow_db  # noqa: F401 - a fixture
 from tests.dags.project import run_dag
 from tests.integration.kubernetes.s3 import Lake, serve_s3
+from tests.integration.kubernetes.steps import wait_until
 from tests.integration.kubernetes.test_kubernetes_launcher import PodStep
 
 if TYPE_CHECKING:
@@ -63,6 +69,7 @@ def lake(server: Lake) -> Iterator[Lake]:
     for key in sorted(server.keys()):
         server.client.delete_object(Bucket=server.bucket, Key=f"team/{key}")
     server.requests.clear()
+    server.slow = 0.0
 
 
 class CarriedStep(PodStep):
@@ -136,6 +143,8 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 COPY = (
     "import pathlib, shutil, sys\n"
+    "try: open('/mlp/inputs/table/a.bin', 'w')\n"
+    "except OSError as error: print(error.strerror)\n"
     "print(sorted(p.name for p in pathlib.Path('/mlp/inputs/table').iterdir()))\n"
     "shutil.copytree('/mlp/inputs/table', '/mlp/outputs/model')\n"
 )
@@ -153,7 +162,7 @@ def test_data_go_between_bucket_and_pod_and_nothing_of_them_through_the_worker(
     carriage = step.carriage(lake, "table")
     lake.requests.clear()
 
-    step.python(COPY, carriage=carriage)
+    lines = step.python(COPY, carriage=carriage)
 
     made = carriage.committed["model"]
     assert made.uri == f"{lake.root}/run/model"
@@ -165,21 +174,11 @@ def test_data_go_between_bucket_and_pod_and_nothing_of_them_through_the_worker(
     assert not (step.root / "outputs" / "model").exists()
     assert wire["sent"] < 50_000
     assert wire["received"] < 20_000
-
-
-def test_the_agents_lines_are_in_the_steps_log_before_and_after_its_own(
-    step: CarriedStep, lake: Lake
-) -> None:
-    lake.put("raw/table/a.txt", b"text")
-
-    lines = step.python(COPY, carriage=step.carriage(lake, "table"))
-
-    assert lines[0] == f"Fetching input 'table': 4 B in 1 file(s) from {lake.root}/raw/table"
+    what = "8.0 MiB in 2 file(s)"
+    assert lines[0] == f"Fetching input 'table': {what} from {lake.root}/raw/table"
     assert lines[1].startswith("Input 'table' is there after")
-    assert lines[2] == "['a.txt']"
-    assert lines[3].startswith(
-        f"Output 'model': 4 B in 1 file(s) committed to {lake.root}/run/model"
-    )
+    assert lines[2:4] == ["Read-only file system", "['a.bin', 'ü.txt']"]
+    assert lines[4].startswith(f"Output 'model': {what} committed to {lake.root}/run/model")
 
 
 def test_code_links_and_kept_files_go_the_same_way(
@@ -228,20 +227,6 @@ def test_what_only_the_worker_has_goes_through_the_worker_in_the_same_step(
     assert lines[-1] == "from the lake ['a,b', '1,2']"
     assert (step.root / "outputs" / "model").read_text() == "to the worker"
     assert carriage.committed == {}
-
-
-def test_inputs_that_were_fetched_can_not_be_written_to(step: CarriedStep, lake: Lake) -> None:
-    lake.put("raw/table/a.txt", b"text")
-
-    lines = step.python(
-        "import os\n"
-        "try: open('/mlp/inputs/table/a.txt', 'w')\n"
-        "except OSError as error: print(error.strerror)\n"
-        "open('/mlp/outputs/model', 'w').close()",
-        carriage=step.carriage(lake, "table"),
-    )
-
-    assert lines[2] == "Read-only file system"
 
 
 @pytest.mark.airflow
@@ -404,7 +389,10 @@ def test_an_output_that_goes_to_a_bucket_that_is_not_there_is_told(
 
     nowhere = open_store("typo", "s3://nowhere-at-all", credentials=lake.credentials())
     carriage = Carriage(outputs={"model": CarriedOutput(nowhere, "run/model", None)})
-    with pytest.raises(DataError, match=r"output 'model': datastore 'typo'.*bucket"):
+    with pytest.raises(
+        DataError,
+        match=r"output 'model': datastore 'typo': s3://nowhere-at-all/run/model can't be written",
+    ):
         step.python("open('/mlp/outputs/model', 'w').write('x')", carriage=carriage)
 
 
@@ -425,6 +413,72 @@ def test_an_image_that_is_no_agent_is_told(step: CarriedStep, lake: Lake) -> Non
     launcher = step.launcher(agent_image="python:3.11-slim")
     with pytest.raises(StepFailedError, match=r"agent_image.*images/agent/Dockerfile"):
         step.python("", launcher=launcher, carriage=step.carriage(lake))
+
+
+# ---- data that take long -------------------------------------------------------------------------
+
+
+def test_a_step_is_left_to_itself_while_its_inputs_are_fetched_and_committed_by_the_next_worker(
+    step: CarriedStep, lake: Lake
+) -> None:
+    lake.put("raw/table/a.txt", b"text")
+    carriage = step.carriage(lake, "table")
+    lake.slow = 8.0
+    launcher = step.launcher(defer_after_seconds=1)
+    options: dict[str, Any] = {"launcher": launcher, "carriage": carriage, "detach": True}
+    lines: list[str] = []
+    watches = []
+    while (watch := find_watch(step, lines, **options)) is not None:
+        watches.append(watch)
+        was_fetching = not any("is there" in line for line in lines)
+        awaiter = PodAwaiter(PodWatch.from_dict(watch), partial(keep_line, lines))
+        news = asyncio.run(awaiter.wait())
+        carriage = step.carriage(lake, "table")
+        options |= {"carriage": carriage, "news": news.to_dict()}
+        options["launcher"] = step.launcher(defer_after_seconds=1)
+
+    assert was_fetching
+    assert news.reason is Reason.ENDED
+    assert lake.secret not in str(watches)
+    told = {line.partition(": ")[0].partition(" is there")[0] for line in lines}
+    own = {"Read-only file system", "['a.txt']"}
+    assert told == {"Fetching input 'table'", "Input 'table'", "Output 'model'", *own}
+    assert len(lines) == len(told)
+    assert carriage.committed["model"].files == 1
+    assert step.look.secrets() == []
+
+
+def find_watch(step: CarriedStep, lines: list[str], **options: Any) -> dict[str, Any] | None:
+    """Run the step; return what to wait for if it is left to itself, and None if it has ended."""
+    try:
+        step.python(COPY, **options)
+    except DetachedError as detached:
+        return detached.watch
+    else:
+        return None
+    finally:
+        lines += step.lines
+
+
+def keep_line(lines: list[str], _time: str, line: str) -> None:
+    lines.append(line)
+
+
+def test_a_step_that_is_killed_while_its_inputs_are_fetched_is_gone_at_once(
+    step: CarriedStep, lake: Lake
+) -> None:
+    lake.put("raw/table/a.txt", b"text")
+    carriage, launcher = step.carriage(lake, "table"), step.launcher()
+    lake.slow = 20.0
+    threading.Thread(
+        target=lambda: (
+            wait_until(lambda: lake.asked("GET", by_pod=True), "it fetches"),
+            launcher.kill(),
+        )
+    ).start()
+    with pytest.raises(StepFailedError, match="killed"):
+        step.python(COPY, launcher=launcher, carriage=carriage)
+    wait_until(lambda: not step.look.pods(), "its pod is gone", seconds=15)
 
 
 # ---- connections that break ----------------------------------------------------------------------

@@ -222,7 +222,9 @@ def test_a_retry_adopts_all_pods_of_a_lost_worker(gang: Gang) -> None:
 def wait_without_worker(watch: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return what a trigger finds of pods that were left to themselves, and the lines that it hands on."""
     lines: list[str] = []
-    awaiter = PodAwaiter(PodWatch.from_dict(watch), lambda _time, line: lines.append(line))
+    awaiter = PodAwaiter(
+        PodWatch.from_dict(watch), lambda _time, line: lines.append(line), token="a trigger"
+    )
     news = asyncio.run(asyncio.wait_for(awaiter.wait(), 60))
     return json.loads(json.dumps(news.to_dict())), lines
 
@@ -288,7 +290,13 @@ def test_a_pod_that_is_gone_while_no_worker_looks_is_told_by_the_next(gang: Gang
 
 def test_a_task_that_is_stopped_while_no_worker_looks_leaves_nothing(gang: Gang) -> None:
     watch = leave_running(gang, WAIT)
-    asyncio.run(remove_pods(PodWatch.from_dict(watch)))
+    awaiter = PodAwaiter(PodWatch.from_dict(watch), lambda *_: None, token="a trigger")
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(awaiter.wait(), 2))
+
+    assert not asyncio.run(remove_pods(PodWatch.from_dict(watch), token="another"))
+    assert gang.look.pods() != []
+    assert asyncio.run(remove_pods(PodWatch.from_dict(watch), token="a trigger"))
     gang.handle.set(None)
     gang.assert_nothing_left()
 

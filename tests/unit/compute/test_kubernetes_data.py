@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,7 @@ from airflow_mlpipelines.compute.base import Carriage, CarriedOutput, Stage, Ste
 from airflow_mlpipelines.compute.kubernetes import lifetime, volumes
 from airflow_mlpipelines.compute.kubernetes.agent import add_agent, can_carry, staging_failure
 from airflow_mlpipelines.compute.kubernetes.archive import make_entries
+from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodWatch, Reason, judge
 from airflow_mlpipelines.compute.kubernetes.failures import is_hopeless, start_failure
 from airflow_mlpipelines.compute.kubernetes.pod import plan_pod, secret_manifest
 from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared
@@ -261,6 +263,33 @@ def test_the_job_is_in_the_secret_and_no_credential_is_in_the_pod(tmp_path: Path
     assert "/mlp-job" not in mounts_of(spec)
     for helper in ("stage", "outputs"):
         assert mounts_of(spec, helper)["/mlp-job"]["readOnly"]
+
+
+def test_an_agent_that_takes_long_is_waited_for():
+    watch = PodWatch(
+        compute="c",
+        namespace="ml",
+        conn_id=None,
+        in_cluster=None,
+        selector="x",
+        pods={"p": "u"},
+        secret=None,
+        awaits=Awaited.END,
+        schedule_seconds=1.0,
+        startup_seconds=1.0,
+        timeout_seconds=1.0,
+    )
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    stage: dict[str, Any] = {"name": "stage", "state": {"running": {}}}
+    scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": began.isoformat()}
+    pod: dict[str, Any] = {
+        "metadata": {"name": "p", "uid": "u", "creationTimestamp": began.isoformat()},
+        "status": {"initContainerStatuses": [stage], "conditions": [scheduled]},
+    }
+    hours_later = began + timedelta(hours=3)
+    assert judge(watch, {"p": pod}, hours_later) is None
+    stage["state"] = {"terminated": {"exitCode": 0, "finishedAt": began.isoformat()}}
+    assert judge(watch, {"p": pod}, hours_later) is Reason.UNSTARTED
 
 
 @pytest.mark.parametrize("message", [None, "", "Traceback", '{"other": 1}', "[]"])

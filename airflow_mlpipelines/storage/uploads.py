@@ -1,0 +1,115 @@
+"""Files that a step leaves at a place which others know, and may write to: a ``DataReference`` in mode ``upload``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from airflow_mlpipelines._naming import list_options
+from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.storage.listing import list_remote
+from airflow_mlpipelines.storage.stores import PART_SUFFIX
+from airflow_mlpipelines.storage.transfer import pin_external
+from airflow_mlpipelines.storage.trees import digest_file, walk_tree
+from airflow_mlpipelines.storage.upload import has_content, upload
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.stores import Store
+
+
+def upload_files(
+    store: Store, path: str, source: Path, *, overwrite: bool, step_run: str
+) -> Artifact:
+    """Return what is at the place, once a step's files are there. Other files there are left alone.
+
+    Each file becomes visible when it is whole. The artifact is known by what the store tells of the place: whoever
+    writes there makes it another one.
+
+    Args:
+        store: The datastore of the place.
+        path: The place: a directory.
+        source: The directory of the files.
+        overwrite: Whether files there of the same names are replaced. Else those with other bytes are an
+            error, and nothing is sent.
+        step_run: The id of the step run.
+
+    Raises:
+        DataError: There are no files, the place has files of these names, or they can't be sent.
+    """
+    files = _list_files(source)
+    if not files:
+        raise DataError(
+            "no file was written to it, so there is nothing to upload. The program has to write files into "
+            "the directory that it is given."
+        )
+    if not overwrite:
+        taken = _find_taken(store, path, files)
+        if taken:
+            raise DataError(
+                f"{store.uri(path)} holds {list_options(taken)} already, with other content. Nothing was sent. "
+                "Choose another path_on_datastore, or say overwrite=True to replace them."
+            )
+    if store.is_local:
+        with store.translate_errors(path, "written"):
+            for name, file in files.items():
+                _put(file, store.local_path(path) / name)
+    else:
+        upload(store, path, files, alone=False)
+    found = pin_external(store, path, how="version")
+    if found is None:
+        raise DataError(f"did not arrive at {store.uri(path)}.")
+    return replace(found, version=found.digest, step_run=step_run)
+
+
+def _list_files(source: Path) -> dict[str, Path]:
+    """Return where each file is, by its path below the directory; those behind links in it too."""
+    files = {}
+    for entry in walk_tree(os.fsencode(source)):
+        name = os.fsdecode(entry.path)
+        if entry.kind == b"l" and (source / name).is_dir():
+            raise DataError(
+                f"holds {name!r}, a symbolic link to a directory, which can't be uploaded. Write a copy of what "
+                "it leads to."
+            )
+        if entry.kind != b"d":
+            files[name] = source / name
+    return dict(sorted(files.items()))
+
+
+def _find_taken(store: Store, path: str, files: Mapping[str, Path]) -> list[str]:
+    """Return the names at the place that have other bytes than our files have."""
+    if store.is_local:
+        root = store.local_path(path)
+        return [
+            name
+            for name, file in files.items()
+            if os.path.lexists(root / name) and not _is_same(file, root / name)
+        ]
+    there = {file.path: file for file in list_remote(store, path)[0]}
+    return [
+        name for name, file in files.items() if name in there and not has_content(there[name], file)
+    ]
+
+
+def _is_same(ours: Path, theirs: Path) -> bool:
+    if not theirs.is_file() or ours.stat().st_size != theirs.stat().st_size:
+        return False
+    return digest_file(os.fsencode(ours)) == digest_file(os.fsencode(theirs))
+
+
+def _put(file: Path, target: Path) -> None:
+    """Copy a file to where it is visible when it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}{PART_SUFFIX}")
+    try:
+        shutil.copyfile(file, part)
+        part.replace(target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
