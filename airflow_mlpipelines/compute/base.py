@@ -155,6 +155,8 @@ class StepLaunch:
         env: Environment variables that anybody may see.
         secrets: Environment variables that must appear in no log, label, argument or rendered field.
         image: The image's reference, for launchers of containers.
+        nodes: On how many machines of the compute it runs, each with ``resources`` of its own. ``argv`` is the
+            same on all, and makes them find each other (:mod:`airflow_mlpipelines.runtime.gang`).
         labels: ``dag_id``, ``run_id``, ``task_id``, ``map_index``, ``try_number``, as text.
         timeout_seconds: The program is killed after this long.
         carriage: What the compute carries by itself; only what its launcher said it can.
@@ -171,6 +173,7 @@ class StepLaunch:
     stage: Stage
     resources: ResourcesSpec
     image: str | None = None
+    nodes: int = 1
     timeout_seconds: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     carriage: Carriage = field(default_factory=Carriage)

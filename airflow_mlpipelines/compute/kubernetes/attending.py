@@ -100,6 +100,23 @@ class Stops:
         return self.killed or self.expired
 
 
+def choose_stay(
+    launch: StepLaunch, compute: KubernetesComputeSpec, news: PodNews | None, name: str
+) -> float:
+    """Return until when, by :func:`time.monotonic`, this worker stays with the pods of a step run."""
+    if not (launch.detach and compute.deferrable):
+        return math.inf
+    if news is not None and news.reason is Reason.UNSEEN:
+        log.warning(
+            "The triggerer could not watch pod %s (%s), so this worker stays with it. Give the triggerer the "
+            "workers' way to the cluster, and the rights to list and watch pods.",
+            name,
+            news.message,
+        )
+        return math.inf
+    return time.monotonic() + compute.defer_after_seconds
+
+
 class PodAttendant:
     """Sees one step run through on one pod. One instance serves one try."""
 
@@ -150,7 +167,7 @@ class PodAttendant:
             ClusterError: The cluster refuses.
             ClusterLostError: It does not answer. A pod that runs is left alone, for the next try to adopt.
         """
-        self._stays_until = self._choose_stay()
+        self._stays_until = choose_stay(self._launch, self._compute, self._news, self._spec.name)
         if pod is None:
             if self._stops.killed:
                 raise self._was_killed()
@@ -167,20 +184,6 @@ class PodAttendant:
             if not has_files(pod):
                 self._prepare(pod, is_new=False)
         return self._attend(pod, emit)
-
-    def _choose_stay(self) -> float:
-        """Return until when, by :func:`time.monotonic`, this worker stays with its pod."""
-        if not (self._launch.detach and self._compute.deferrable):
-            return math.inf
-        if self._news is not None and self._news.reason is Reason.UNSEEN:
-            log.warning(
-                "The triggerer could not watch pod %s (%s), so this worker stays with it. Give the triggerer the "
-                "workers' way to the cluster, and the rights to list and watch pods.",
-                self._spec.name,
-                self._news.message,
-            )
-            return math.inf
-        return time.monotonic() + self._compute.defer_after_seconds
 
     def check(self, end: PodEnd, log_tail: tuple[str, ...]) -> None:
         """Return if the step ended well.
