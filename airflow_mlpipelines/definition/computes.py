@@ -103,7 +103,7 @@ class KubernetesCompute(ComputeTarget):
         name: Its name.
         fields: As :class:`~airflow_mlpipelines.definition.graph.KubernetesComputeSpec` has them:
             ``namespace``, ``image``, ``gpus``, ``gpu_resource``, ``node_selector``, ``agent_image``,
-            ``shared_volumes`` and so on.
+            ``shared_volumes``, ``deferrable`` and so on.
 
     Raises:
         DefinitionError: A field is unknown or of the wrong type.

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
+from airflow_mlpipelines.triggers.log_files import put_aside_earlier_lines
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
@@ -44,6 +46,18 @@ class PodTrigger(BaseTrigger):
         self.watch = watch
         self._token = uuid.uuid4().hex
         self.lease = dict(lease) if lease is not None else None
+
+    @property
+    def task_instance(self) -> Any:
+        """The task instance that waits; set by the triggerer, before the trigger's first line."""
+        return self._task_instance
+
+    @task_instance.setter
+    def task_instance(self, value: Any) -> None:
+        self._task_instance = value
+        if value is not None:
+            self.task_id = value.task_id
+            put_aside_earlier_lines(value)
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return the class and the arguments to make this trigger again; no secret is in them."""

@@ -232,7 +232,8 @@ class PodAttendant:
         try:
             self._await(lambda found: container_state(found, STAGE)[0] == "running")
         except StillWaitingError as error:
-            raise self._detach(error.pod, Awaited.FILES) from None
+            unread = {self._staging_log: None} if self._launch.carriage else {}
+            raise self._detach(error.pod, Awaited.FILES, logs=unread) from None
         self._note.set(uid)
         deliver(self._cluster, self._spec, self._launch.stage)
 
@@ -240,7 +241,7 @@ class PodAttendant:
         self,
         pod: Mapping[str, Any],
         awaits: Awaited,
-        logs: Mapping[str, Mapping[str, Any]] | None = None,
+        logs: Mapping[str, Mapping[str, Any] | None] | None = None,
     ) -> DetachedError:
         """Return what to raise to leave the pod to itself; ``logs`` says how far they were handed on."""
         meta, spec, compute = pod["metadata"], self._spec, self._compute
@@ -262,6 +263,11 @@ class PodAttendant:
             logs={spec.name: self._log_position(), **(logs or {})},
         )
         return DetachedError(watch.to_dict())
+
+    @property
+    def _staging_log(self) -> str:
+        """What the agent's log is called beside the step's."""
+        return f"{self._spec.name}/{STAGE}"
 
     def _log_position(self) -> Mapping[str, Any] | None:
         """Return how far the pod's log was handed on before this worker came."""
@@ -357,12 +363,11 @@ class PodAttendant:
 
     def _follow_staging(self, emit: Emit) -> None:
         """Hand on what the agent says until it has ended, however long that takes: as there are data."""
-        log_name = f"{self._spec.name}/{STAGE}"
-        position = None
+        log_name, position = self._staging_log, None
         if self._news is not None:
-            position = self._news.logs.get(log_name)
-            if position is None:  # an earlier worker has handed on all of it
+            if log_name not in self._news.logs:  # an earlier worker has handed on all of it
                 return
+            position = self._news.logs[log_name]
         follower = LogFollower(self._cluster, self._spec.name, emit, position, container=STAGE)
         while True:
             pod, _ = self._cluster.find_patiently(

@@ -63,7 +63,7 @@ class PodWatch:
         secret: The name of their Secret, which a kill removes; None without one.
         awaits: What to wait for.
         logs: For each pod how far its log was read (:meth:`~.logs.StepLog.to_dict`); None from the beginning.
-            Under ``<pod>/stage``, that of its agent, of which the next worker reads the rest.
+            Under ``<pod>/stage``, that of its agent: the next worker reads what is left, if it is named.
     """
 
     compute: str

@@ -20,7 +20,7 @@ from tests.integration.kubernetes.steps import IMAGE, make_api, wait_until
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.stack]
+pytestmark = [pytest.mark.kubernetes, pytest.mark.stack, pytest.mark.timeout(900)]
 
 CANARY = "canary-4711"
 DAG = """
@@ -48,7 +48,7 @@ def pipeline(name, numbers, compute=None, step=None, **options):
 pipeline("counting", 200, step=dict(secrets=dict(PASSWORD="canary")))
 pipeline("stopped", 100000, step=dict(secrets=dict(PASSWORD="canary")))
 pipeline("cleared", 100001)
-pipeline("too_long", 100002, dagrun_timeout=timedelta(seconds=20))
+pipeline("too_long", 100002, dagrun_timeout=timedelta(seconds=45))
 pipeline("expired", 100003, step=dict(timeout=8))
 pipeline("taken", 60)
 pipeline("orphaned", 300)
@@ -179,6 +179,10 @@ def test_whatever_ends_a_deferred_task_ends_its_pod(world: World) -> None:
         json={"new_state": "failed"},
     ).raise_for_status()
     cleared.wait_until_deferred()
+    # On a slow machine, its run's time is up before it is deferred.
+    too_long.wait_until(
+        lambda run: run.state not in (None, "scheduled", "queued", "running"), "it waits"
+    )
     first = cleared.pod().metadata.uid
     world.client.clear("cleared", cleared.run_id, ["count"])
 
@@ -205,6 +209,7 @@ def test_a_pod_taken_away_is_launched_again_and_costs_no_retry(world: World) -> 
     assert run.task["try_number"] == 1
     assert re.search(r"took its pod away \(.*\); launched again \(1 of 5\)", run.log())
     assert run.numbers()[-60:] == list(range(60))
+    assert run.numbers().count(0) == 2  # what the first pod has printed is still there
     assert run.has_left_nothing()
 
 
