@@ -109,6 +109,7 @@ class StepFailedError(MLPipelinesError):
 
     Attributes:
         step: The name of the step.
+        message: What happened, without the step's name and its log.
         exit_code: The exit code of the program, or None if it never ended by itself.
         log_tail: The last lines that it printed.
         retryable: False if the same program would certainly fail again in the same way.
@@ -124,6 +125,7 @@ class StepFailedError(MLPipelinesError):
         retryable: bool = True,
     ) -> None:
         self.step = step
+        self.message = message
         self.exit_code = exit_code
         self.log_tail = tuple(log_tail)
         self.retryable = retryable
@@ -131,3 +133,13 @@ class StepFailedError(MLPipelinesError):
         if self.log_tail:
             text += "\nEnd of its log:\n" + "\n".join(f"  {line}" for line in self.log_tail)
         super().__init__(text)
+
+    def at(self, where: str) -> StepFailedError:
+        """Return the same error, with where it happened before its message."""
+        return StepFailedError(
+            self.step,
+            f"{where}: {self.message}",
+            exit_code=self.exit_code,
+            log_tail=self.log_tail,
+            retryable=self.retryable,
+        )

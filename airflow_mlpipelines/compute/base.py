@@ -35,7 +35,8 @@ class Stage:
         runtime: A directory for ``PYTHONPATH`` with the runtime package in it.
         run: Where process and worker exchange files (``metrics.jsonl`` and the like). Writable.
         inputs: Each input's name and the file or directory with its data. Not to be written.
-        outputs: Each output's name and the path where the process shall make it. Not there yet.
+        outputs: Each output's name and the path where the process shall make it. Not there yet, but for directories
+            whose files are to be uploaded.
         outputs_root: The directory that all the outputs' paths lie in. Writable.
         carried: Inputs that are not on this machine, as the compute fetches them by itself: each one's name,
             and its path below the directory in which the process finds its inputs.
@@ -154,6 +155,8 @@ class StepLaunch:
         env: Environment variables that anybody may see.
         secrets: Environment variables that must appear in no log, label, argument or rendered field.
         image: The image's reference, for launchers of containers.
+        nodes: On how many machines of the compute it runs, each with ``resources`` of its own. ``argv`` is the
+            same on all, and makes them find each other (:mod:`airflow_mlpipelines.runtime.gang`).
         labels: ``dag_id``, ``run_id``, ``task_id``, ``map_index``, ``try_number``, as text.
         timeout_seconds: The program is killed after this long.
         carriage: What the compute carries by itself; only what its launcher said it can.
@@ -170,6 +173,7 @@ class StepLaunch:
     stage: Stage
     resources: ResourcesSpec
     image: str | None = None
+    nodes: int = 1
     timeout_seconds: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     carriage: Carriage = field(default_factory=Carriage)

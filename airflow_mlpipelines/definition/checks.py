@@ -10,6 +10,7 @@ from airflow_mlpipelines._naming import make_identifier, suggest
 from airflow_mlpipelines._protocols import find_protocol
 from airflow_mlpipelines.definition.graph import (
     REGENERATE_OUTPUTS,
+    DockerComputeSpec,
     KubernetesComputeSpec,
     LocalComputeSpec,
 )
@@ -93,6 +94,26 @@ def _check_code(root: str, source_directory: str, script: str | None) -> Iterato
         )
 
 
+def _check_nodes(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
+    nodes = step.distributed.nodes if step.distributed is not None else 1
+    if nodes == 1 or not isinstance(compute, DockerComputeSpec):
+        return
+    mode = compute.network_mode or ""
+    if mode in ("host", "none") or mode.startswith("container:"):
+        yield Problem(
+            f"is distributed over {nodes} nodes, which need a network of their own, but compute {compute.name!r} "
+            f"has network_mode {mode!r}. Leave it out there, or set nodes=1",
+            step=step.name,
+        )
+    gpus, asked = count_gpus(compute.gpus), step.resources.gpus
+    if gpus and asked and asked <= gpus < nodes * asked:
+        yield Problem(
+            f"asks for {asked} GPUs on each of {nodes} nodes, but compute {compute.name!r} is one Docker host with "
+            f"{gpus} (its 'gpus')",
+            step=step.name,
+        )
+
+
 def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
     asked = step.resources
     if step.operator == TRANSFER_OPERATOR and not isinstance(compute, LocalComputeSpec):
@@ -102,13 +123,7 @@ def _check_compute(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
             step=step.name,
         )
         return
-    nodes = step.distributed.nodes if step.distributed is not None else 1
-    if nodes > 1 and not isinstance(compute, LocalComputeSpec):
-        yield Problem(
-            f"is distributed over {nodes} nodes, but compute {compute.name!r} ({compute.type}) runs a step on "
-            "one. Set nodes=1 and processes_per_node to the number of processes",
-            step=step.name,
-        )
+    yield from _check_nodes(step, compute)
     gpus = count_gpus(compute.gpus)
     # A local compute that does not say has as many as the worker's machine, which only that one knows.
     known = gpus is not None or not isinstance(compute, LocalComputeSpec)

@@ -62,15 +62,21 @@ class TensorFlow(Distribution):
     """Runs the program once per worker and parameter server, with ``TF_CONFIG``. Worker 0 is the chief.
 
     Args:
-        workers: Worker processes.
-        parameter_servers: Parameter servers beside them.
+        workers: Worker processes, over all nodes.
+        parameter_servers: Parameter servers beside them, dealt out to the nodes in turn.
+        nodes: Machines; a local compute runs the processes of all of them on its own.
 
     Raises:
-        DefinitionError: There is no worker, or a number is negative.
+        DefinitionError: There is no worker, a number is negative, or the nodes can't have the same number of
+            workers.
     """
 
-    def __init__(self, workers: int = 1, parameter_servers: int = 0) -> None:
-        _check(workers=workers)
+    def __init__(self, workers: int = 1, parameter_servers: int = 0, *, nodes: int = 1) -> None:
+        _check(workers=workers, nodes=nodes)
+        if workers % nodes:
+            raise DefinitionError(
+                f"TensorFlow: {workers} workers can't be spread evenly over {nodes} nodes; take a multiple of {nodes}"
+            )
         if parameter_servers < 0:
             raise DefinitionError(
                 f"TensorFlow: parameter_servers is {parameter_servers}; it has to be 0 or more"
@@ -78,7 +84,8 @@ class TensorFlow(Distribution):
         super().__init__(
             DistributedSpec(
                 framework="tensorflow",
-                processes_per_node=workers,
+                nodes=nodes,
+                processes_per_node=workers // nodes,
                 parameter_servers=parameter_servers,
             )
         )

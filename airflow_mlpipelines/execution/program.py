@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.execution.staging import Workplace
     from airflow_mlpipelines.execution.step import Services
     from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.stores import Store
 
 
 class StepProgram:
@@ -90,6 +91,10 @@ class StepProgram:
                 time.sleep(error.pause)
             adopt, self._news = False, None
 
+    @property
+    def _nodes(self) -> int:
+        return self._step.distributed.nodes if self._step.distributed is not None else 1
+
     def _run_once(
         self, held: ExitStack, *, adopt: bool
     ) -> tuple[dict[str, Artifact], dict[str, Any]]:
@@ -114,7 +119,7 @@ class StepProgram:
             services.stores,
             snapshot=snapshot,
             inputs=self._inputs,
-            can_carry=services.launcher.can_carry,
+            can_carry=services.launcher.can_carry if self._nodes == 1 else _carries_nothing,
         )
         # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
         link = self._graph.computes[step.compute].type == "docker"
@@ -227,6 +232,7 @@ class StepProgram:
             stage=workplace.stage,
             resources=step.resources,
             image=environment.image,
+            nodes=self._nodes,
             timeout_seconds=step.timeout_seconds,
             labels=identity.labels,
             carriage=workplace.carriage,
@@ -243,3 +249,8 @@ class StepProgram:
         finally:
             if not may_be_alive:  # else it may be writing to what would be taken away
                 keep_run_files(workplace, services.stores)
+
+
+def _carries_nothing(_store: Store) -> bool:
+    """Several nodes share what the worker brings and fetches; none of them commits outputs by itself."""
+    return False

@@ -71,7 +71,9 @@ def describe_distribution(spec: DistributedSpec) -> str:
         servers = (
             f" and {spec.parameter_servers} parameter servers" if spec.parameter_servers else ""
         )
-        return f"tensorflow, {spec.processes_per_node} workers{servers}"
+        workers = spec.nodes * spec.processes_per_node
+        nodes = f" on {spec.nodes} nodes" if spec.nodes > 1 else ""
+        return f"tensorflow, {workers} workers{servers}{nodes}"
     return f"{spec.framework}, {spec.nodes} nodes with {spec.processes_per_node} processes each"
 
 

@@ -2,266 +2,189 @@
 
 ``python -m airflow_mlpipelines.runtime.gang '{"framework": …}' -- program arguments`` runs inside a step's
 process or container and starts the program once for each rank, with the variables by which PyTorch or
-TensorFlow find each other; for MPI it starts the machine's own ``mpirun``. Lines come out with their rank
-before them, and are kept by rank in ``logs/``. When one rank fails, the others are ended, and the end of its
-log is the last thing that is printed.
+TensorFlow find each other; for MPI it starts the environment's own ``mpirun``. Lines come out with their
+rank before them, and are kept by rank in ``logs/``. When one rank fails, the others are ended, and the end
+of its log is the last thing that is printed.
+
+Where the gang has several nodes, this runs on each, and nothing of the program begins before all of them
+have met (:mod:`airflow_mlpipelines.runtime.nodes`). Without them, all ranks run on this machine.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
-from collections import deque
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from airflow_mlpipelines.runtime import ranks
+from airflow_mlpipelines.runtime.mpi import (
+    ONE_RANK,
+    NoMpiError,
+    make_node_shell,
+    run_one_rank,
+    start_mpirun,
+)
+from airflow_mlpipelines.runtime.nodes import FOLLOWED, TOKEN, NotTogetherError, Place, meet
+from airflow_mlpipelines.runtime.rendezvous import (
+    HERE,
+    MPI,
+    count_ports,
+    free_ports,
+    make_variables,
+)
+
 if TYPE_CHECKING:
-    from typing import IO, Any
+    from collections.abc import Sequence
+    from typing import Any
 
-MPI, PYTORCH, TENSORFLOW = "mpi", "pytorch", "tensorflow"
-_HOST = "127.0.0.1"
-_GRACE_SECONDS = 5.0
-_POLL_SECONDS = 0.05
-_TAIL_LINES = 20
+    from airflow_mlpipelines.runtime.nodes import Nodes
+
 _NOT_FOUND = 127
-_SIGNALLED = 128
-_LOGS = "logs"
-_ONE_RANK = "one-rank"
-_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 
 
-class Rank:
-    """One process of the gang, with a thread that takes in what it prints."""
-
-    def __init__(self, number: int, command: list[str], variables: dict[str, str]) -> None:
-        self.number = number
-        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
-        self._process = subprocess.Popen(
-            command,
-            env={**os.environ, **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that it can be ended with all that it has started
-        )
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    @property
-    def code(self) -> int | None:
-        """Its exit code, as a shell has it (128 and more for a signal); None while it runs."""
-        code = self._process.poll()
-        return code if code is None or code >= 0 else _SIGNALLED - code
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to it and to all that it has started in its session."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
-
-    def finish(self) -> None:
-        """Wait a moment for the rest of what it printed."""
-        self._thread.join(_GRACE_SECONDS)
-
-    def _read(self) -> None:
-        lines: IO[bytes] = self._process.stdout  # type: ignore[assignment]
-        with Path(_LOGS, f"std_log_process_{self.number}.txt").open("wb") as kept:
-            for line in lines:
-                kept.write(line)
-                kept.flush()
-                self.tail.append(line.decode("utf-8", "replace").rstrip("\r\n"))
-                _print(b"[rank %d] " % self.number + line.rstrip(b"\r\n"))
-
-
-_printing = threading.Lock()
-
-
-def _print(line: bytes) -> None:
-    """Write one line whole, whatever other ranks print at the same time."""
-    with _printing:
-        sys.stdout.buffer.write(line + b"\n")
-        sys.stdout.buffer.flush()
-
-
-def _say(text: str) -> None:
-    _print(text.encode("utf-8", "replace"))
-
-
-def run(spec: dict[str, Any], command: list[str]) -> int:
-    """Run the gang to its end; return 0, or the exit code of the rank that failed first.
+def run(spec: dict[str, Any], command: Sequence[str]) -> int:
+    """Run the gang, or this node of it, to the end of all; return 0, or the exit code of what failed.
 
     Args:
         spec: ``framework``, ``nodes``, ``processes_per_node`` and ``parameter_servers``.
         command: The program and its arguments.
+
+    Raises:
+        NotTogetherError: Some nodes have not come.
+        NoMpiError: There is no ``mpirun``.
     """
-    Path(_LOGS).mkdir(exist_ok=True)
-    if spec["framework"] == MPI:
-        return _run_mpi(spec["nodes"] * spec["processes_per_node"], command)
-    ranks: list[Rank] = []
+    Path(ranks.LOGS).mkdir(exist_ok=True)
+    place = Place.from_environment()
+    return _run_alone(spec, command) if place is None else _run_node(spec, command, place)
+
+
+def _run_alone(spec: dict[str, Any], command: Sequence[str]) -> int:
+    nodes = spec["nodes"]
+    programs: list[ranks.Program] = []
     try:
-        for number, variables in enumerate(make_variables(spec)):
-            ranks.append(Rank(number, command, variables))
-        failed = _wait(ranks)
+        if spec["framework"] == MPI:
+            processes = nodes * spec["processes_per_node"]
+            programs.append(start_mpirun(processes, command, dict(os.environ)))
+        else:
+            every = free_ports(sum(count_ports(spec, node) for node in range(nodes)), HERE)
+            ports = [[every.pop() for _ in range(count_ports(spec, node))] for node in range(nodes)]
+            for of_node in make_variables(spec, [HERE] * nodes, ports):
+                _start_ranks(programs, of_node, command)
+        failed = ranks.wait(programs)
     finally:
-        _end(ranks)
+        ranks.end(programs)
     if failed is None:
         return 0
+    return _tell_of(failed, _count(spec), f"the other {len(programs) - 1} were ended")
+
+
+def _run_node(spec: dict[str, Any], command: Sequence[str], place: Place) -> int:
+    ranks.say(f"{place.name(place.node)} waits for the other {len(place.hosts) - 1}")
+    if spec["framework"] == MPI:
+        make_node_shell(place)
+    nodes = meet(place, {"ports": free_ports(count_ports(spec, place.node))})
+    ranks.say(f"{place.name(place.node)}: all {len(place.hosts)} nodes are there")
+    programs: list[ranks.Program] = []
+    try:
+        try:
+            if spec["framework"] != MPI:
+                ports = [offer["ports"] for offer in nodes.plan["offers"]]
+                mine = make_variables(spec, place.hosts, ports)[place.node]
+                _start_ranks(programs, mine, command)
+            elif place.node == 0:
+                environment = dict(os.environ)
+                programs.append(
+                    start_mpirun(spec["processes_per_node"], command, environment, place)
+                )
+        except (OSError, NoMpiError) as error:
+            nodes.fail(_NOT_FOUND, str(error))
+            raise
+        return _attend(spec, programs, nodes, place)
+    finally:
+        ranks.end(programs)
+        nodes.close()
+
+
+def _attend(
+    spec: dict[str, Any], programs: Sequence[ranks.Program], nodes: Nodes, place: Place
+) -> int:
+    """Return this node's exit code, once all has ended well or something has failed somewhere."""
+    while True:
+        failed = ranks.find_failed(programs)
+        if failed is not None:
+            code = failed.code or 1
+            number = getattr(failed, "number", None)
+            what = "mpirun" if number is None else f"rank {number}"
+            nodes.fail(code, f"{what} ended with exit code {code}")
+            ranks.end(programs)
+            others = f"it ran on {place.name(place.node)}; all others were ended"
+            return _tell_of(failed, _count(spec), others)
+        if all(program.code == 0 for program in programs):
+            nodes.done()
+        verdict = nodes.verdict()
+        if verdict is not None:
+            code, why = verdict
+            if code:
+                ranks.say(f"{place.name(place.node)} ends, because of {why}")
+            return code
+        time.sleep(ranks.POLL_SECONDS)
+
+
+def _start_ranks(
+    programs: list[ranks.Program],
+    of_node: Sequence[tuple[int, dict[str, str]]],
+    command: Sequence[str],
+) -> None:
+    for number, variables in of_node:
+        programs.append(ranks.Rank(number, command, {**_own_environment(), **variables}))
+
+
+def _own_environment() -> dict[str, str]:
+    """Return the variables for a program, which need not know how nodes trust each other."""
+    return {name: value for name, value in os.environ.items() if name != TOKEN}
+
+
+def _count(spec: dict[str, Any]) -> int:
+    return int(spec["nodes"] * spec["processes_per_node"] + spec["parameter_servers"])
+
+
+def _tell_of(failed: ranks.Program, count: int, others: str) -> int:
+    """Print the end of the log of a rank that failed; return its exit code."""
     code = failed.code or 1
-    others = f"; the other {len(ranks) - 1} were ended" if len(ranks) > 1 else ""
-    _say(
-        f"rank {failed.number} of {len(ranks)} ended with exit code {code}{others}. The end of its log:"
-    )
-    for line in failed.tail:
-        _say(f"  {line}")
+    if isinstance(failed, ranks.Rank):
+        others = f"; {others}" if count > 1 else ""
+        ranks.say(
+            f"rank {failed.number} of {count} ended with exit code {code}{others}. The end of its log:"
+        )
+        for line in failed.tail:
+            ranks.say(f"  {line}")
     return code
-
-
-def make_variables(spec: dict[str, Any]) -> list[dict[str, str]]:
-    """Return each rank's variables, as its framework expects them (torchrun's, or TF_CONFIG)."""
-    if spec["framework"] == PYTORCH:
-        return _variables_of_pytorch(spec["nodes"], spec["processes_per_node"])
-    return _variables_of_tensorflow(
-        spec["nodes"] * spec["processes_per_node"], spec["parameter_servers"]
-    )
-
-
-def _variables_of_pytorch(nodes: int, processes: int) -> list[dict[str, str]]:
-    (port,) = _free_ports(1)
-    shared = {
-        "MASTER_ADDR": _HOST,
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(nodes * processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "GROUP_WORLD_SIZE": str(nodes),
-    }
-    if nodes * processes > 1:  # as torchrun does: else each rank takes all the processors
-        shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    return [
-        {
-            **shared,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank % processes),
-            "GROUP_RANK": str(rank // processes),
-            "NODE_RANK": str(rank // processes),
-        }
-        for rank in range(nodes * processes)
-    ]
-
-
-def _variables_of_tensorflow(workers: int, servers: int) -> list[dict[str, str]]:
-    addresses = [f"{_HOST}:{port}" for port in _free_ports(workers + servers)]
-    cluster = {"worker": addresses[:workers]}
-    if servers:
-        cluster["ps"] = addresses[workers:]
-    return [
-        {"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": kind, "index": index}})}
-        for kind, count in (("worker", workers), ("ps", servers))
-        for index in range(count)
-    ]
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on now. All are looked for at once, so that they differ."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind((_HOST, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
-def _wait(ranks: list[Rank]) -> Rank | None:
-    """Return the first rank that fails, or None when all have ended well."""
-    running = list(ranks)
-    while running:
-        for rank in list(running):
-            if rank.code is None:
-                continue
-            if rank.code != 0:
-                return rank
-            running.remove(rank)
-        time.sleep(_POLL_SECONDS)
-    return None
-
-
-def _end(ranks: list[Rank]) -> None:
-    """End what still runs: five seconds after SIGTERM, SIGKILL."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        running = [rank for rank in ranks if rank.code is None]
-        for rank in running:
-            rank.signal(number)
-        deadline = time.monotonic() + _GRACE_SECONDS
-        while time.monotonic() < deadline and any(rank.code is None for rank in running):
-            time.sleep(_POLL_SECONDS)
-    for rank in ranks:
-        rank.finish()
-
-
-def _run_mpi(processes: int, command: list[str]) -> int:
-    """Run the machine's ``mpirun``, whichever implementation it is of, with this module for each rank.
-
-    Its own way to tell ranks apart marks every piece that a process writes, in the middle of lines too.
-    """
-    mpirun = shutil.which("mpirun")
-    if mpirun is None:
-        _say("there is no mpirun on the PATH: install an MPI (Open MPI, MPICH) in the environment")
-        return _NOT_FOUND
-    variables = {
-        # Open MPI: more processes than processors, and root inside a container, are meant here.
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    }
-    return subprocess.run(
-        [
-            mpirun,
-            "-n",
-            str(processes),
-            sys.executable,
-            "-m",
-            __spec__.name,
-            _ONE_RANK,
-            "--",
-            *command,
-        ],
-        env={**os.environ, **variables},
-        check=False,
-    ).returncode
-
-
-def _run_one_rank(command: list[str]) -> int:
-    """Run the program as the rank that MPI has made this process; return its exit code."""
-    number = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0")
-    rank = Rank(int(number), command, {})
-    try:
-        _wait([rank])
-    finally:
-        _end([rank])
-    return rank.code or 0
 
 
 def main() -> int:
     """Run what the arguments say; return the exit code."""
     spec, separator, *command = sys.argv[1:]
     if separator != "--" or not command:
-        _say("usage: gang SPEC -- PROGRAM [ARGUMENT…]")
+        ranks.say("usage: gang SPEC -- PROGRAM [ARGUMENT…]")
         return 2
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(_SIGNALLED + signal.SIGTERM))
+        signal.signal(number, lambda *_: sys.exit(ranks.SIGNALLED + signal.SIGTERM))
     try:
-        return _run_one_rank(command) if spec == _ONE_RANK else run(json.loads(spec), command)
+        if spec == ONE_RANK:
+            return run_one_rank(command, _own_environment())
+        return run(json.loads(spec), command)
+    except NotTogetherError as error:
+        ranks.say(str(error))
+        return FOLLOWED
+    except NoMpiError as error:
+        ranks.say(str(error))
+        return _NOT_FOUND
     except OSError as error:
-        _say(f"{command[0]!r} could not be started: {error.strerror or error}")
+        ranks.say(f"{command[0]!r} could not be started: {error.strerror or error}")
         return _NOT_FOUND
 
 

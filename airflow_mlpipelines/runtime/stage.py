@@ -20,9 +20,15 @@ _STAGED = (
     "azureml/__init__.py",
     "azureml/core/__init__.py",
     "runtime/__init__.py",
+    "runtime/connection.py",
     "runtime/contract.py",
     "runtime/gang.py",
     "runtime/metrics.py",
+    "runtime/mpi.py",
+    "runtime/node_shell.py",
+    "runtime/nodes.py",
+    "runtime/ranks.py",
+    "runtime/rendezvous.py",
     "runtime/run.py",
 )
 

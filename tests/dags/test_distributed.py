@@ -8,11 +8,13 @@ import pytest
 
 from airflow_mlpipelines import (
     DockerCompute,
+    KubernetesCompute,
     Mpi,
     Pipeline,
     PipelineData,
     PythonScriptStep,
     PyTorch,
+    Resources,
     TensorFlow,
     Workspace,
 )
@@ -45,6 +47,24 @@ def define_training(folder: str, processes: int, compute: object = None) -> Pyth
 
 
 # [end distributed]
+
+
+# [start nodes]
+def define_cluster_training(folder: str, compute: object) -> PythonScriptStep:
+    """Return a step that trains on four nodes with eight GPUs each."""
+    model = PipelineData("model")
+    return PythonScriptStep(
+        "train.py",
+        arguments=[model],
+        outputs=[model],
+        source_directory=folder,
+        compute_target=compute,
+        resources=Resources(gpus=8, memory="400G"),
+        distributed=PyTorch(nodes=4, processes_per_node=8),
+    )
+
+
+# [end nodes]
 def pipeline(folder: Path, name: str, processes: int, compute: object = None) -> Pipeline:
     (folder / "train.py").write_text(TRAIN)
     train = define_training(str(folder), processes, compute)
@@ -83,16 +103,53 @@ def test_processes_in_one_container_work_as_one(tmp_path: Path):
     assert model.read_text() == "a model of 2"
 
 
-def test_several_nodes_need_a_compute_that_has_them(tmp_path: Path):
+@pytest.mark.airflow
+@pytest.mark.docker
+@pytest.mark.usefixtures("airflow_db")
+def test_nodes_in_containers_work_as_one(tmp_path: Path):
+    require_docker()
+    if not docker_cli("images", "-q", IMAGE):
+        missing(f"the Docker daemon has no image {IMAGE} (.ci/python-image.sh makes one)")
     compute = DockerCompute("docker", image=IMAGE)
-    made = pipeline(tmp_path, "gang_of_nodes", 2, compute)
+    made = pipeline(tmp_path, "gang_of_nodes", 1, compute)
+    made.steps[0].distributed = PyTorch(nodes=2)
+
+    outcome = run_dag(made.to_dag())
+
+    model = Path(outcome.outputs["train"]["model"]["uri"].removeprefix("file://"))
+    assert model.read_text() == "a model of 2"
+    logs = sorted(model.parent.rglob("std_log_process_*.txt"))
+    assert [log.read_text() for log in logs] == ["this is rank 0\n", "this is rank 1\n"]
+
+
+def test_a_cluster_takes_a_step_on_several_nodes(tmp_path: Path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    compute = KubernetesCompute("cluster", image=IMAGE, gpus=8)
+    step = define_cluster_training(str(tmp_path), compute)
+
+    made = Pipeline(Workspace.from_config(), [step], name="on_a_cluster")
+
+    assert made.validate() == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"network_mode": "host"}, "compute 'docker' has network_mode 'host'"),
+        (
+            {"gpus": 3},
+            "asks for 2 GPUs on each of 2 nodes, but compute 'docker' is one Docker host",
+        ),
+    ],
+)
+def test_several_nodes_need_a_docker_host_that_can_hold_them(tmp_path: Path, fields, message):
+    made = pipeline(tmp_path, "gang_of_nodes", 2, DockerCompute("docker", image=IMAGE, **fields))
     made.steps[0].distributed = Mpi(nodes=2)
+    made.steps[0].resources = Resources(gpus=2 if "gpus" in fields else None)
 
     (problem,) = made.validate()
 
-    assert "is distributed over 2 nodes, but compute 'docker' (docker) runs a step on one" in str(
-        problem
-    )
+    assert message in str(problem)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +158,7 @@ def test_several_nodes_need_a_compute_that_has_them(tmp_path: Path):
         (lambda: PyTorch(nodes=0), "nodes is 0"),
         (lambda: Mpi(processes_per_node=True), "processes_per_node is True"),
         (lambda: TensorFlow(workers=1, parameter_servers=-1), "parameter_servers is -1"),
+        (lambda: TensorFlow(workers=3, nodes=2), "3 workers can't be spread evenly over 2 nodes"),
         (lambda: PythonScriptStep("train.py", distributed="mpi"), "distributed takes Mpi"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 
 from airflow_mlpipelines import (
     CommandStep,
+    DataReference,
     DockerCompute,
     Pipeline,
     PipelineData,
@@ -93,3 +94,20 @@ def test_metrics_and_kept_files_come_out_of_the_container(tmp_path: Path, comput
     assert kept.read_text() == "kept"
     (record,) = MetadataIndex(metadata_url()).find_step_runs(dag_id="docker_measure")
     assert record.metrics == {"answer": 42, "loss": [3, 2, 1]}
+
+
+def test_files_that_a_container_writes_are_uploaded(tmp_path: Path, compute: DockerCompute):
+    (tmp_path / "mlpipelines.yaml").write_text("name: u\ndatastores:\n  lake: {url: lake}\n")
+    ws = Workspace.from_config(tmp_path)
+    place = DataReference(ws.datastores["lake"], "place", "place").as_upload("results")
+    step = CommandStep(
+        ["sh", "-c", 'echo one > "$1/a"; echo two > results/b', "sh", place],
+        name="write",
+        compute_target=compute,
+    )
+
+    outcome = run_dag(Pipeline(ws, [step], name="docker_upload").to_dag())
+
+    assert outcome.steps == {"write": "ran"}
+    found = {file.name: file.read_text() for file in (tmp_path / "lake/place").iterdir()}
+    assert found == {"a": "one\n", "b": "two\n"}

@@ -24,6 +24,8 @@ from airflow_mlpipelines.compute.container_layout import (
     input_target,
 )
 from airflow_mlpipelines.compute.docker.gpus import chosen_gpus, device_requests
+from airflow_mlpipelines.compute.docker.users import find_uid, hand_over
+from airflow_mlpipelines.exceptions import DataError, StepFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 SECRETS = f"{ROOT}/secrets/environment"
 SHELL = "/bin/sh"
 _READ_SECRETS = '. "$1"; rm -f "$1" 2>/dev/null; shift; exec "$@"'
+DEFAULT_NETWORKS = (None, "", "default", "bridge")
 _NANO = 1_000_000_000
 # The log is read while it is written, and from its beginning after a worker was lost: no rotation,
 # whatever the daemon's own default is, but an end to what a program gone wild can fill.
@@ -63,6 +66,7 @@ class ContainerSpec:
         memory: Bytes; swap does not come on top.
         gpus: How many it gets.
         gpu_ids: Which ones; empty leaves that to the daemon.
+        network: A network of the step's own, where it is found as ``hostname``.
     """
 
     name: str
@@ -81,6 +85,8 @@ class ContainerSpec:
     gpu_ids: tuple[str, ...] = ()
     network_mode: str | None = None
     extra_hosts: Mapping[str, str] = field(default_factory=dict)
+    network: str | None = None
+    hostname: str | None = None
 
 
 def plan_container(
@@ -132,6 +138,23 @@ def home_directory(stage: Stage) -> Path:
     return stage.root / "home"
 
 
+def prepare_directories(client: APIClient, launch: StepLaunch, spec: ContainerSpec) -> int:
+    """Return the number of the user that a container of ``spec`` runs as, who may write the step's directories now.
+
+    Raises:
+        StepFailedError: There is no such user, or the worker can't give them to it.
+    """
+    stage = launch.stage
+    home = home_directory(stage)
+    try:
+        uid = find_uid(client, spec.image, spec.user)
+        home.mkdir(exist_ok=True)
+        hand_over([stage.code, stage.run, stage.outputs_root, home], uid)
+    except DataError as error:
+        raise StepFailedError(launch.step_name, str(error), retryable=False) from error
+    return uid
+
+
 def needs_home(user: str) -> bool:
     """Return whether ``user`` is a bare number other than root's, which has no home in an image."""
     uid = user.partition(":")[0]
@@ -152,7 +175,8 @@ def make_container(spec: ContainerSpec, client: APIClient, *, uid: int) -> str:
         working_dir=CODE,
         user=spec.user,
         shm_size=spec.shm_size,
-        network_mode=spec.network_mode,
+        network_mode=spec.network or spec.network_mode,
+        hostname=spec.hostname,
         extra_hosts=dict(spec.extra_hosts),
         device_requests=device_requests(spec.gpus, spec.gpu_ids) or None,
         labels=dict(spec.labels),
@@ -177,6 +201,13 @@ def secrets_archive(secrets: Mapping[str, str], uid: int) -> bytes:
         file.mode, file.uid, file.size = 0o400, uid, len(content)
         archive.addfile(file, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def _networking(spec: ContainerSpec, client: Any) -> Any:
+    if spec.network is None:
+        return None
+    endpoint = client.create_endpoint_config(aliases=[spec.hostname])
+    return client.create_networking_config({spec.network: endpoint})
 
 
 @cache
@@ -206,6 +237,8 @@ def _operator_class() -> type[Any]:
                 working_dir=self.working_dir,
                 user=self.user,
                 labels=self.labels,
+                hostname=self.hostname,
+                networking_config=_networking(spec, client),
                 host_config=client.create_host_config(
                     mounts=[
                         Mount(mount.target, mount.source, type="bind", read_only=mount.read_only)
@@ -223,6 +256,8 @@ def _operator_class() -> type[Any]:
                 ),
             )
             container = str(self.container["Id"])
+            if spec.network and spec.network_mode not in DEFAULT_NETWORKS:
+                client.connect_container_to_network(container, spec.network_mode)
             if secrets:
                 client.put_archive(container, "/", secrets_archive(secrets, uid))
             return container

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from airflow_mlpipelines.compute.base import Launcher
 from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL, container_paths
 from airflow_mlpipelines.compute.docker.container import (
-    home_directory,
     make_container,
     plan_container,
+    prepare_directories,
 )
 from airflow_mlpipelines.compute.docker.daemon import (
     connect,
@@ -35,6 +35,8 @@ from airflow_mlpipelines.compute.docker.environments import (
     recall_definition,
 )
 from airflow_mlpipelines.compute.docker.failures import end_failure, start_failure
+from airflow_mlpipelines.compute.docker.gang import find_survivors
+from airflow_mlpipelines.compute.docker.gang_run import GangRun
 from airflow_mlpipelines.compute.docker.gpus import check_gpus
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
@@ -44,7 +46,7 @@ from airflow_mlpipelines.compute.docker.images import (
     recall_image,
 )
 from airflow_mlpipelines.compute.docker.logs import LogFollower
-from airflow_mlpipelines.compute.docker.users import default_user, find_uid, hand_over
+from airflow_mlpipelines.compute.docker.users import default_user
 from airflow_mlpipelines.compute.docker.watch import (
     ALIVE,
     ENDED,
@@ -53,7 +55,7 @@ from airflow_mlpipelines.compute.docker.watch import (
     watch_container,
 )
 from airflow_mlpipelines.compute.images import image_name, resolve_image
-from airflow_mlpipelines.exceptions import ComputeUnavailableError, DataError, StepFailedError
+from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,7 +90,7 @@ _OWNER_FILE = "docker-owner"
 
 
 class DockerLauncher(Launcher):
-    """Runs one step as one container of a Docker daemon."""
+    """Runs one step as one container of a Docker daemon; on several nodes, as several."""
 
     def __init__(self, compute: DockerComputeSpec) -> None:
         self._compute = compute
@@ -97,6 +99,7 @@ class DockerLauncher(Launcher):
         self._image_name: str | None = None
         self._name: str | None = None
         self._owner_file: Path | None = None
+        self._gang: GangRun | None = None
         self._killed = False
         self._expired = False
         self._over = threading.Event()
@@ -212,7 +215,9 @@ class DockerLauncher(Launcher):
         Raises:
             ComputeUnavailableError: The daemon does not answer.
         """
-        return self._find_survivor(self._client, step_run_id, handle) is not None
+        if self._find_survivor(self._client, step_run_id, handle) is not None:
+            return True
+        return find_survivors(self._client, step_run_id, handle) is not None
 
     def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
         """Run the step's container to its end; an earlier try's is adopted, with its whole log.
@@ -234,6 +239,12 @@ class DockerLauncher(Launcher):
             user = self._compute.user or default_user(client)
             image = self._image_name or launch.image or ""
             spec = plan_container(launch, self._compute, image_name=image, user=user)
+            if launch.nodes > 1:
+                self._gang = GangRun(launch, self._compute)
+                if self._killed:
+                    raise _killed(launch)
+                self._gang.run(client, spec, emit=emit, handle=handle)
+                return
             survivor = self._find_survivor(client, spec.name, handle)
             if survivor is None:
                 container = self._start(client, launch, spec, handle)
@@ -256,6 +267,9 @@ class DockerLauncher(Launcher):
         self._killed = True
         name = self._name
         if name is None or not self._is_owner():
+            return
+        if self._gang is not None:
+            self._gang.kill()
             return
         # What fails here, run() finds out; and what is left, the next try removes.
         with suppress(ComputeUnavailableError, OSError):
@@ -306,14 +320,7 @@ class DockerLauncher(Launcher):
         """Return the id of the started container; whatever fails on the way leaves none."""
         from docker.errors import APIError
 
-        stage = launch.stage
-        home = home_directory(stage)
-        try:
-            uid = find_uid(client, spec.image, spec.user)
-            home.mkdir(exist_ok=True)
-            hand_over([stage.code, stage.run, stage.outputs_root, home], uid)
-        except DataError as error:
-            raise StepFailedError(launch.step_name, str(error), retryable=False) from error
+        uid = prepare_directories(client, launch, spec)
         try:
             container = make_container(spec, client, uid=uid)
             # Noted before it starts: whatever runs can be found again.

@@ -23,6 +23,7 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     UNREACHABLE,
     ClusterError,
     configure,
+    locate,
 )
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class AsyncCluster:
 
     def _url(self, path: str) -> str:
         host = str(self._configuration.host) if self._configuration is not None else ""
-        return f"{host.rstrip('/')}/api/v1/namespaces/{self.namespace}/{path}"
+        return f"{host.rstrip('/')}{locate(self.namespace, path)}"
 
     async def _request(
         self,

@@ -100,6 +100,23 @@ class Stops:
         return self.killed or self.expired
 
 
+def choose_stay(
+    launch: StepLaunch, compute: KubernetesComputeSpec, news: PodNews | None, name: str
+) -> float:
+    """Return until when, by :func:`time.monotonic`, this worker stays with the pods of a step run."""
+    if not (launch.detach and compute.deferrable):
+        return math.inf
+    if news is not None and news.reason is Reason.UNSEEN:
+        log.warning(
+            "The triggerer could not watch pod %s (%s), so this worker stays with it. Give the triggerer the "
+            "workers' way to the cluster, and the rights to list and watch pods.",
+            name,
+            news.message,
+        )
+        return math.inf
+    return time.monotonic() + compute.defer_after_seconds
+
+
 class PodAttendant:
     """Sees one step run through on one pod. One instance serves one try."""
 
@@ -150,7 +167,7 @@ class PodAttendant:
             ClusterError: The cluster refuses.
             ClusterLostError: It does not answer. A pod that runs is left alone, for the next try to adopt.
         """
-        self._stays_until = self._choose_stay()
+        self._stays_until = choose_stay(self._launch, self._compute, self._news, self._spec.name)
         if pod is None:
             if self._stops.killed:
                 raise self._was_killed()
@@ -167,20 +184,6 @@ class PodAttendant:
             if not has_files(pod):
                 self._prepare(pod, is_new=False)
         return self._attend(pod, emit)
-
-    def _choose_stay(self) -> float:
-        """Return until when, by :func:`time.monotonic`, this worker stays with its pod."""
-        if not (self._launch.detach and self._compute.deferrable):
-            return math.inf
-        if self._news is not None and self._news.reason is Reason.UNSEEN:
-            log.warning(
-                "The triggerer could not watch pod %s (%s), so this worker stays with it. Give the triggerer the "
-                "workers' way to the cluster, and the rights to list and watch pods.",
-                self._spec.name,
-                self._news.message,
-            )
-            return math.inf
-        return time.monotonic() + self._compute.defer_after_seconds
 
     def check(self, end: PodEnd, log_tail: tuple[str, ...]) -> None:
         """Return if the step ended well.
@@ -232,7 +235,8 @@ class PodAttendant:
         try:
             self._await(lambda found: container_state(found, STAGE)[0] == "running")
         except StillWaitingError as error:
-            raise self._detach(error.pod, Awaited.FILES) from None
+            unread = {self._staging_log: None} if self._launch.carriage else {}
+            raise self._detach(error.pod, Awaited.FILES, logs=unread) from None
         self._note.set(uid)
         deliver(self._cluster, self._spec, self._launch.stage)
 
@@ -240,7 +244,7 @@ class PodAttendant:
         self,
         pod: Mapping[str, Any],
         awaits: Awaited,
-        logs: Mapping[str, Mapping[str, Any]] | None = None,
+        logs: Mapping[str, Mapping[str, Any] | None] | None = None,
     ) -> DetachedError:
         """Return what to raise to leave the pod to itself; ``logs`` says how far they were handed on."""
         meta, spec, compute = pod["metadata"], self._spec, self._compute
@@ -262,6 +266,11 @@ class PodAttendant:
             logs={spec.name: self._log_position(), **(logs or {})},
         )
         return DetachedError(watch.to_dict())
+
+    @property
+    def _staging_log(self) -> str:
+        """What the agent's log is called beside the step's."""
+        return f"{self._spec.name}/{STAGE}"
 
     def _log_position(self) -> Mapping[str, Any] | None:
         """Return how far the pod's log was handed on before this worker came."""
@@ -357,12 +366,11 @@ class PodAttendant:
 
     def _follow_staging(self, emit: Emit) -> None:
         """Hand on what the agent says until it has ended, however long that takes: as there are data."""
-        log_name = f"{self._spec.name}/{STAGE}"
-        position = None
+        log_name, position = self._staging_log, None
         if self._news is not None:
-            position = self._news.logs.get(log_name)
-            if position is None:  # an earlier worker has handed on all of it
+            if log_name not in self._news.logs:  # an earlier worker has handed on all of it
                 return
+            position = self._news.logs[log_name]
         follower = LogFollower(self._cluster, self._spec.name, emit, position, container=STAGE)
         while True:
             pod, _ = self._cluster.find_patiently(

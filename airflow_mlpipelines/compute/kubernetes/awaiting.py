@@ -220,7 +220,7 @@ class PodAwaiter:
 
 
 async def remove_pods(watch: PodWatch, *, token: str) -> bool:
-    """Have the pods and their Secret deleted, if nobody has taken them over from whoever has this token.
+    """Have the pods deleted, with their Secret, Job and Service, if nobody has taken them over from who has this token.
 
     Returns:
         Whether there was anything to delete.
@@ -240,6 +240,9 @@ async def remove_pods(watch: PodWatch, *, token: str) -> bool:
         for pod in own:
             meta = pod["metadata"]
             await cluster.delete("pods", meta["name"], seconds=KILL_SECONDS, uid=meta["uid"])
+        if own and watch.job is not None:
+            await cluster.delete("jobs", watch.job, seconds=0)
+            await cluster.delete("services", watch.job, seconds=0)
         if own and watch.secret is not None:
             await cluster.delete("secrets", watch.secret, seconds=0)
         return bool(own)

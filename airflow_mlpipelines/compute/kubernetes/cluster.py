@@ -29,6 +29,8 @@ UNAUTHORIZED = 401
 FORBIDDEN = 403
 NOT_FOUND = 404
 CONFLICT = 409
+_API = {"jobs": "/apis/batch/v1"}
+"""Where the API has what is not of its core."""
 _TOO_MANY_REQUESTS = 429
 _SERVER_ERROR = 500
 _ANSWER_SECONDS = 30.0
@@ -188,7 +190,7 @@ class Cluster:
         if method == "PATCH":
             headers["Content-Type"] = "application/merge-patch+json"
         response: HTTPResponse = self._client.call_api(
-            f"/api/v1/namespaces/{self.namespace}/{path}",
+            locate(self.namespace, path),
             method,
             query_params=list((query or {}).items()),
             header_params=headers,
@@ -199,6 +201,12 @@ class Cluster:
             _request_timeout=(CONNECT_SECONDS, seconds),
         )
         return response
+
+
+def locate(namespace: str, path: str) -> str:
+    """Return where the API server has what is asked for by a ``path`` below the namespace."""
+    api = _API.get(path.partition("/")[0], "/api/v1")
+    return f"{api}/namespaces/{namespace}/{path}"
 
 
 def connect(compute: KubernetesComputeSpec) -> Cluster:

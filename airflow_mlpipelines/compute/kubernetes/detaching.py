@@ -63,7 +63,8 @@ class PodWatch:
         secret: The name of their Secret, which a kill removes; None without one.
         awaits: What to wait for.
         logs: For each pod how far its log was read (:meth:`~.logs.StepLog.to_dict`); None from the beginning.
-            Under ``<pod>/stage``, that of its agent, of which the next worker reads the rest.
+            Under ``<pod>/stage``, that of its agent: the next worker reads what is left, if it is named.
+        job: The name of the pods' Job and Service, which a kill removes; None of a single pod.
     """
 
     compute: str
@@ -78,6 +79,7 @@ class PodWatch:
     startup_seconds: float
     timeout_seconds: float | None
     logs: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    job: str | None = None
 
     @property
     def access(self) -> KubernetesComputeSpec:

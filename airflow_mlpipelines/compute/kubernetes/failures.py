@@ -71,6 +71,15 @@ class PodLostError(StepFailedError):
         self.why = why
         super().__init__(step, message, log_tail=log_tail)
 
+    def at(self, where: str) -> PodLostError:
+        """Return the same error, with where it happened before its message."""
+        return PodLostError(
+            self.step,
+            f"{where}: {self.message}",
+            why=f"{where}: {self.why}",
+            log_tail=self.log_tail,
+        )
+
 
 def is_hopeless(pod: Mapping[str, Any], waited: float) -> bool:
     """Return whether a container of the pod, which waits for so many seconds, will never start."""
@@ -233,7 +242,7 @@ def _forbidden(step: str, said: str, compute: KubernetesComputeSpec) -> StepFail
             step,
             f"this worker may not do that in namespace {compute.namespace!r}: {said}. Its service account or user "
             "needs pods (create, get, list, watch, patch, delete), pods/log (get), pods/exec (create, get) and secrets (create, "
-            "delete).",
+            "delete); for steps on several nodes also jobs (create, get, patch, delete) and services (create, delete).",
             retryable=False,
         )
     return StepFailedError(

@@ -22,6 +22,13 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
 )
 from airflow_mlpipelines.compute.kubernetes.detaching import PodNews
 from airflow_mlpipelines.compute.kubernetes.failures import PodLostError, lost_unseen, refusal
+from airflow_mlpipelines.compute.kubernetes.gang import (
+    discard_gang,
+    find_gang,
+    plan_gang,
+    prepare_launch,
+)
+from airflow_mlpipelines.compute.kubernetes.gang_run import GangAttendant
 from airflow_mlpipelines.compute.kubernetes.images import PodImages
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
     KILL_SECONDS,
@@ -62,7 +69,7 @@ _KILL_ANSWER_SECONDS = 1.0
 
 
 class KubernetesLauncher(Launcher):
-    """Runs one step as one pod of a Kubernetes cluster.
+    """Runs one step as one pod of a Kubernetes cluster; on several nodes, as the pods of a Job.
 
     All data travel through a worker and the API server: this suits steps whose inputs and outputs are some
     gigabytes at most. A GPU model (``gpu_type``) is asked for by the node label
@@ -76,6 +83,7 @@ class KubernetesLauncher(Launcher):
         self._token = uuid.uuid4().hex
         self._images = PodImages(compute)
         self._name: str | None = None
+        self._gang: str | None = None
         self._stops = Stops()
 
     @cached_property
@@ -143,7 +151,12 @@ class KubernetesLauncher(Launcher):
             ComputeUnavailableError: The cluster does not answer.
         """
         with self._in_words(step_run_id):
-            found = self._find_survivor(step_run_id, PodNote(handle))
+            note = PodNote(handle)
+            if note.job is not None:
+                waits = note.awaits is not None
+                pods = find_gang(self._cluster, step_run_id, note.job, waits=waits)
+                return pods is not None and all(has_files(pod) for pod in pods)
+            found = self._find_survivor(step_run_id, note)
         return found is not None and has_files(found)
 
     def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
@@ -156,12 +169,6 @@ class KubernetesLauncher(Launcher):
             ComputeUnavailableError: The cluster does not answer. A pod that runs is left alone, for the
                 next try to adopt.
         """
-        tail: deque[str] = deque(maxlen=TAIL_LINES)
-
-        def hand_on(line: str) -> None:
-            tail.append(line[:_TAIL_CHARACTERS])
-            emit(line)
-
         stage = launch.stage
         for directory in (stage.root, stage.code, stage.run, stage.outputs_root):
             # An adopted pod's first worker may have been another machine.
@@ -169,21 +176,17 @@ class KubernetesLauncher(Launcher):
         note = PodNote(handle)
         try:
             with self._in_words(launch.step_name):
-                spec = self._plan(launch)
-                attendant = PodAttendant(
-                    self._cluster, launch, spec, token=self._token, note=note, stops=self._stops
-                )
-                self._name = spec.name
-                end = attendant.run(self._find_pod(launch, note), hand_on)
-                self._name = None
-            attendant.check(end, tuple(tail))
+                if launch.nodes > 1:
+                    self._run_gang(launch, emit, note)
+                else:
+                    self._run_pod(launch, emit, note)
         except PodLostError as lost:
             again = note.charge(lost)
             if again is None:
                 raise
             raise again from lost
         except StepFailedError:
-            if note.pod is None:  # else it is another try's by now
+            if note.is_empty:  # else it is another try's by now
                 note.forget()
             raise
         note.forget()
@@ -202,9 +205,40 @@ class KubernetesLauncher(Launcher):
         # What fails here, run() finds out; and what is left, the next try removes.
         with suppress(ClusterError):
             own = cluster.again()
+            if self._gang is not None:
+                job = own.ask("GET", f"jobs/{name}", seconds=_KILL_ANSWER_SECONDS)
+                if belongs_to(job, self._token):
+                    discard_gang(own, self._gang)
+                return
             pod = own.ask("GET", f"pods/{name}", seconds=_KILL_ANSWER_SECONDS)
             if belongs_to(pod, self._token):
                 own.delete("pods", name, seconds=KILL_SECONDS, uid=pod["metadata"]["uid"])
+
+    def _run_pod(self, launch: StepLaunch, emit: Emit, note: PodNote) -> None:
+        tail: deque[str] = deque(maxlen=TAIL_LINES)
+
+        def hand_on(line: str) -> None:
+            tail.append(line[:_TAIL_CHARACTERS])
+            emit(line)
+
+        spec = self._plan(launch)
+        attendant = PodAttendant(
+            self._cluster, launch, spec, token=self._token, note=note, stops=self._stops
+        )
+        self._name = spec.name
+        end = attendant.run(self._find_pod(launch, note), hand_on)
+        self._name = None
+        attendant.check(end, tuple(tail))
+
+    def _run_gang(self, launch: StepLaunch, emit: Emit, note: PodNote) -> None:
+        prepared = prepare_launch(launch, self._compute)
+        spec = plan_gang(self._plan(prepared), prepared)
+        attendant = GangAttendant(
+            self._cluster, prepared, spec, token=self._token, note=note, stops=self._stops
+        )
+        self._gang, self._name = launch.step_run_id, spec.name
+        attendant.run(emit)
+        self._name = None
 
     def _plan(self, launch: StepLaunch) -> PodSpec:
         image = self._images.name or launch.image or ""

@@ -188,25 +188,30 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
     )
 
 
-def secret_manifest(spec: PodSpec, pod: Mapping[str, Any]) -> Json:
-    """Return the Secret with the step's secrets. It belongs to the pod: the cluster removes both."""
+def secret_manifest(spec: PodSpec, owner: Mapping[str, Any]) -> Json:
+    """Return the Secret with the step's secrets. It belongs to the pod or the Job: the cluster removes both."""
     values = {str(number): value for number, value in enumerate(spec.secrets.values())}
     values |= spec.documents
-    meta = pod["metadata"]
-    owner = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
     return {
         "apiVersion": "v1",
         "kind": "Secret",
         "metadata": {
             "name": spec.name,
             "labels": spec.manifest["metadata"]["labels"],
-            "ownerReferences": [owner],
+            "ownerReferences": [owner_reference(owner)],
         },
         "data": {
             name: base64.b64encode(value.encode("utf-8", "surrogateescape")).decode()
             for name, value in values.items()
         },
     }
+
+
+def owner_reference(owner: Mapping[str, Any]) -> Json:
+    """Return what makes an object go with its owner, a pod or a Job as the cluster has it."""
+    meta = owner["metadata"]
+    version, kind = owner.get("apiVersion", "v1"), owner.get("kind", "Pod")
+    return {"apiVersion": version, "kind": kind, "name": meta["name"], "uid": meta["uid"]}
 
 
 def _variables(launch: StepLaunch, secret: str, uid: int) -> list[Json]:

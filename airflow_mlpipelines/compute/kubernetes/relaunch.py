@@ -15,7 +15,7 @@ BUDGET = 5
 _FIRST_PAUSE = 5.0
 _LONGEST_PAUSE = 60.0
 _LAUNCHER = "kubernetes"
-_POD, _AWAITS, _RELAUNCHES = "pod", "awaits", "relaunches"
+_POD, _JOB, _AWAITS, _RELAUNCHES = "pod", "job", "awaits", "relaunches"
 
 
 class PodNote:
@@ -23,6 +23,7 @@ class PodNote:
 
     Attributes:
         pod: The ``uid`` of the pod; None while there is none.
+        job: The ``uid`` of the Job, of a step on several nodes; None while there is none.
         awaits: What a pod that was left to itself wants next; None of one that a worker attends to.
         relaunches: How many pods this try has lost.
     """
@@ -31,13 +32,19 @@ class PodNote:
         self._handle = handle
         noted: dict[str, Any] = handle.get() or {}
         self.pod: str | None = noted.get(_POD)
+        self.job: str | None = noted.get(_JOB)
         self.awaits: str | None = noted.get(_AWAITS)
         self.relaunches = int(noted.get(_RELAUNCHES, 0))
 
-    def set(self, pod: str | None, *, awaits: str | None = None) -> None:
-        """Note the pod, beside how many were lost before it."""
-        self.pod, self.awaits = pod, awaits
-        fields = {_POD: pod, _AWAITS: awaits, _RELAUNCHES: self.relaunches or None}
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is neither a pod nor a Job."""
+        return self.pod is None and self.job is None
+
+    def set(self, pod: str | None, *, job: str | None = None, awaits: str | None = None) -> None:
+        """Note the pod or the Job, beside how many were lost before it."""
+        self.pod, self.job, self.awaits = pod, job, awaits
+        fields = {_POD: pod, _JOB: job, _AWAITS: awaits, _RELAUNCHES: self.relaunches or None}
         found = {key: value for key, value in fields.items() if value is not None}
         self._handle.set({"launcher": _LAUNCHER, **found} if found else None)
 

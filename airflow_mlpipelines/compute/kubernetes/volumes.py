@@ -62,6 +62,7 @@ def mount_shared(spec: PodSpec, launch: StepLaunch, compute: KubernetesComputeSp
     work = {name: _find_place(compute, path) for name, path in parts.items()}
     complete = (
         not launch.carriage
+        and launch.nodes == 1  # each of several has a working directory of its own
         and len(mounts) == len(stage.inputs) + bool(stage.outputs)
         and None not in work.values()
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tarfile
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from airflow_mlpipelines.compute.kubernetes.archive import make_entries
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodWatch, Reason, judge
 from airflow_mlpipelines.compute.kubernetes.failures import is_hopeless, start_failure
 from airflow_mlpipelines.compute.kubernetes.pod import plan_pod, secret_manifest
+from airflow_mlpipelines.compute.kubernetes.scripts import RECEIVE
 from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared
 from airflow_mlpipelines.definition.graph import KubernetesComputeSpec, ResourcesSpec
 from airflow_mlpipelines.exceptions import (
@@ -263,6 +265,20 @@ def test_the_job_is_in_the_secret_and_no_credential_is_in_the_pod(tmp_path: Path
     assert "/mlp-job" not in mounts_of(spec)
     for helper in ("stage", "outputs"):
         assert mounts_of(spec, helper)["/mlp-job"]["readOnly"]
+
+
+@pytest.mark.parametrize("is_taken_over", [True, False])
+def test_what_the_agent_has_taken_over_is_not_sent_again(tmp_path: Path, is_taken_over: bool):
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control" / ("merging" if is_taken_over else "staged")).touch()
+    (tmp_path / "code").mkdir()
+    # A worker that is cut off at once: what it sends never arrives whole.
+    done = subprocess.run(
+        ["sh", "-c", RECEIVE, "sh", "512", "word"], cwd=tmp_path, input=b"", capture_output=True
+    )
+    assert done.returncode != 0
+    assert (tmp_path / "code").exists() == is_taken_over
+    assert not (tmp_path / "control" / "staged").exists()
 
 
 def test_an_agent_that_takes_long_is_waited_for():

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from airflow_mlpipelines.runtime.connection import Connection, LostError
+from airflow_mlpipelines.runtime.rendezvous import free_ports
 from airflow_mlpipelines.runtime.stage import stage_runtime
 from tests.parts import missing, require_python
 
@@ -53,7 +56,13 @@ def python(request: pytest.FixtureRequest) -> str:
 
 
 def start(
-    root: Path, spec: dict, script: str, *, python: str = sys.executable, program: str | None = None
+    root: Path,
+    spec: dict,
+    script: str,
+    *,
+    python: str = sys.executable,
+    program: str | None = None,
+    env: dict[str, str] | None = None,
 ):
     """Start a gang as a step does: with the staged runtime package, in a folder of its own."""
     code = root / "code"
@@ -66,6 +75,7 @@ def start(
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(stage_runtime(root / "runtime")),
             "PYTHONUNBUFFERED": "1",
+            **(env or {}),
         },
         cwd=code,
         stdout=subprocess.PIPE,
@@ -210,3 +220,130 @@ def test_without_mpirun_it_says_what_to_install(tmp_path: Path, monkeypatch: pyt
 
     assert code == 127
     assert "install an MPI" in lines[0]
+
+
+# ---- several nodes: the others are played by the test itself ----
+
+
+NODES = {"framework": "pytorch", "nodes": 2, "processes_per_node": 1, "parameter_servers": 0}
+TOKEN = "a token"
+BEGIN = """
+    import os, time
+    print("began as", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
+    time.sleep(float(os.environ.get("SECONDS", "0")))
+    """
+
+
+def start_node(root: Path, wait: float, **options):
+    """Start node 0 of two; return its process and the port where it waits for the other."""
+    (port,) = free_ports(1)
+    told = {"node": 0, "hosts": ["127.0.0.1", "far"], "port": port, "wait_seconds": wait}
+    more = {"MLP_GANG": json.dumps(told), "MLP_GANG_TOKEN": TOKEN, **options.pop("env", {})}
+    return start(root, NODES, BEGIN, env=more, **options), port
+
+
+def connect(port: int, token: str = TOKEN) -> Connection:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return Connection.make("127.0.0.1", port, token)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_nothing_begins_without_all_nodes_and_the_missing_ones_are_named(
+    tmp_path: Path, python: str
+):
+    gang, _ = start_node(tmp_path, 1.5, python=python)
+    code, lines = finish(gang)
+
+    assert code == 143
+    assert lines[-1] == "of 2 nodes, node 1 (far) did not come within 1.5 seconds"
+    assert not any("began" in line for line in lines)
+
+
+def test_a_gang_begins_with_its_last_node_and_ends_well_with_the_last_to_be_done(
+    tmp_path: Path, python: str
+):
+    gang, port = start_node(tmp_path, 60, python=python)
+    other = connect(port)
+    other.send(kind="join", node=1, offer={"ports": []})
+    told = other.receive()
+    time.sleep(0.5)
+    assert gang.poll() is None
+    other.send(kind="done")
+
+    assert told["kind"] == "start"
+    assert len(told["plan"]["offers"]) == 2
+    assert other.receive()["kind"] == "end"
+    code, lines = finish(gang)
+    assert (code, lines[-1]) == (0, "[rank 0] began as 0 of 2")
+
+
+@pytest.mark.parametrize("how", ["fails", "is lost"])
+def test_a_node_ends_with_another_that(tmp_path: Path, how: str):
+    gang, port = start_node(tmp_path, 60, env={"SECONDS": "600"})
+    other = connect(port)
+    other.send(kind="join", node=1, offer={"ports": []})
+    other.receive()
+    if how == "fails":
+        other.send(kind="failed", code=3, why="rank 1 ended with exit code 3")
+    other.close()
+    code, lines = finish(gang)
+
+    assert code == 143
+    said = (
+        "node 1 (far): rank 1 ended with exit code 3" if how == "fails" else "node 1 (far) was lost"
+    )
+    assert lines[-1] == f"node 0 (127.0.0.1) ends, because of {said}"
+
+
+def test_who_lacks_the_token_can_neither_join_nor_start_a_command(tmp_path: Path):
+    gang, port = start_node(tmp_path, 60)
+    connect(port).close()  # until it listens
+    with pytest.raises(LostError):
+        Connection.make("127.0.0.1", port, "another token")
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(b'{"kind": "shell", "command": "touch stolen"}\n' * 3)
+        stranger.settimeout(10)
+        said = b""
+        while data := stranger.recv(1000):
+            said += data
+    gang.terminate()
+    finish(gang)
+
+    assert TOKEN.encode() not in said
+    assert not (tmp_path / "code" / "stolen").exists()
+
+
+def test_a_command_on_a_node_is_handed_back_what_it_prints_and_its_exit_code(
+    tmp_path: Path, python: str
+):
+    gang, port = start_node(tmp_path, 60, python=python)
+    connect(port).close()
+    told = {"node": 1, "hosts": ["127.0.0.1", "far"], "port": port, "wait_seconds": 1}
+    shell = [python, "-m", "airflow_mlpipelines.runtime.node_shell", "-x"]
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*shell, *words],
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(stage_runtime(tmp_path / "runtime")),
+                "MLP_GANG": json.dumps(told),
+                "MLP_GANG_TOKEN": TOKEN,
+            },
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+
+    done = ask("127.0.0.1", "printf", "'out\\n';", "echo err >&2;", "exit 7")
+    unknown = ask("elsewhere", "true")
+    gang.terminate()
+    finish(gang)
+
+    assert (done.returncode, done.stdout, done.stderr) == (7, "out\n", "err\n")
+    assert unknown.returncode == 255
+    assert "'elsewhere' is no node of this gang, which has 127.0.0.1, far" in unknown.stderr

@@ -1,0 +1,134 @@
+"""The processes that a gang starts on its node: what they print, their end, and ending them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import IO
+
+LOGS = "logs"
+SIGNALLED = 128
+POLL_SECONDS = 0.05
+_GRACE_SECONDS = 5.0
+_TAIL_LINES = 20
+
+
+class Program:
+    """A process with a session of its own, which prints where this one does."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        *,
+        output: int | None = None,
+        inherit: bool = False,
+    ) -> None:
+        """Start it; with ``inherit``, it gets the files that this process was given open."""
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+            close_fds=not inherit,
+            start_new_session=True,  # so that it can be ended with all that it has started
+        )
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, as a shell has it (128 and more for a signal); None while it runs."""
+        code = self._process.poll()
+        return code if code is None or code >= 0 else SIGNALLED - code
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to it and to all that it has started in its session."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+    def finish(self) -> None:
+        """Wait a moment for the rest of what it printed."""
+
+
+class Rank(Program):
+    """One process of the gang, with a thread that takes in what it prints."""
+
+    def __init__(
+        self,
+        number: int,
+        command: Sequence[str],
+        environment: dict[str, str],
+        *,
+        inherit: bool = False,
+    ) -> None:
+        self.number = number
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        super().__init__(command, environment, output=subprocess.PIPE, inherit=inherit)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait a moment for the rest of what it printed."""
+        self._thread.join(_GRACE_SECONDS)
+
+    def _read(self) -> None:
+        lines: IO[bytes] = self._process.stdout  # type: ignore[assignment]
+        with Path(LOGS, f"std_log_process_{self.number}.txt").open("wb") as kept:
+            for line in lines:
+                kept.write(line)
+                kept.flush()
+                self.tail.append(line.decode("utf-8", "replace").rstrip("\r\n"))
+                _print(b"[rank %d] " % self.number + line.rstrip(b"\r\n"))
+
+
+_printing = threading.Lock()
+
+
+def _print(line: bytes) -> None:
+    """Write one line whole, whatever other ranks print at the same time."""
+    with _printing:
+        sys.stdout.buffer.write(line + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def say(text: str) -> None:
+    """Print a line of the gang's own."""
+    _print(text.encode("utf-8", "replace"))
+
+
+def wait(programs: Sequence[Program]) -> Program | None:
+    """Return the first that fails, or None when all have ended well."""
+    while True:
+        failed = find_failed(programs)
+        if failed is not None or all(program.code == 0 for program in programs):
+            return failed
+        time.sleep(POLL_SECONDS)
+
+
+def find_failed(programs: Sequence[Program]) -> Program | None:
+    """Return one that has ended with another exit code than 0, or None."""
+    return next((program for program in programs if program.code), None)
+
+
+def end(programs: Sequence[Program]) -> None:
+    """End what still runs: five seconds after SIGTERM, SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        running = [program for program in programs if program.code is None]
+        for program in running:
+            program.signal(number)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while time.monotonic() < deadline and any(program.code is None for program in running):
+            time.sleep(POLL_SECONDS)
+    for program in programs:
+        program.finish()

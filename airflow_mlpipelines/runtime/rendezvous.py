@@ -1,0 +1,104 @@
+"""How the processes of a gang find each other: the variables that PyTorch and TensorFlow expect."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+MPI, PYTORCH, TENSORFLOW = "mpi", "pytorch", "tensorflow"
+HERE = "127.0.0.1"
+
+
+def count_ports(spec: dict[str, Any], node: int) -> int:
+    """Return how many free ports a node has to offer to the others."""
+    if spec["framework"] == TENSORFLOW:
+        return sum(1 for _, _, place in _tensorflow_tasks(spec) if place == node)
+    return 1
+
+
+def make_variables(
+    spec: dict[str, Any], hosts: Sequence[str], ports: Sequence[Sequence[int]]
+) -> list[list[tuple[int, dict[str, str]]]]:
+    """Return for every node its ranks, each with its number and its variables.
+
+    Args:
+        spec: ``framework``, ``nodes``, ``processes_per_node`` and ``parameter_servers``.
+        hosts: Every node's name.
+        ports: Every node's free ports, as many as :func:`count_ports` says.
+    """
+    if spec["framework"] == PYTORCH:
+        return _variables_of_pytorch(spec["processes_per_node"], hosts, ports[0][0])
+    return _variables_of_tensorflow(spec, hosts, ports)
+
+
+def free_ports(count: int, host: str = "") -> list[int]:
+    """Return ports that nobody listens on now. All are looked for at once, so that they differ."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind((host, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _variables_of_pytorch(
+    processes: int, hosts: Sequence[str], port: int
+) -> list[list[tuple[int, dict[str, str]]]]:
+    nodes = len(hosts)
+    shared = {
+        "MASTER_ADDR": hosts[0],
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(nodes * processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "GROUP_WORLD_SIZE": str(nodes),
+    }
+    if (
+        processes * hosts.count(hosts[0]) > 1
+    ):  # as torchrun does: else each rank takes all the processors
+        shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    return [
+        [
+            (
+                node * processes + local,
+                {
+                    **shared,
+                    "RANK": str(node * processes + local),
+                    "LOCAL_RANK": str(local),
+                    "GROUP_RANK": str(node),
+                    "NODE_RANK": str(node),
+                },
+            )
+            for local in range(processes)
+        ]
+        for node in range(nodes)
+    ]
+
+
+def _tensorflow_tasks(spec: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """Return every task's kind, its number, and its node: workers in blocks, servers dealt out in turn."""
+    nodes, workers = spec["nodes"], spec["processes_per_node"]
+    tasks = [("worker", number, number // workers) for number in range(nodes * workers)]
+    return tasks + [("ps", number, number % nodes) for number in range(spec["parameter_servers"])]
+
+
+def _variables_of_tensorflow(
+    spec: dict[str, Any], hosts: Sequence[str], ports: Sequence[Sequence[int]]
+) -> list[list[tuple[int, dict[str, str]]]]:
+    left = [list(offered) for offered in ports]
+    cluster: dict[str, list[str]] = {}
+    tasks = _tensorflow_tasks(spec)
+    for kind, _, node in tasks:
+        cluster.setdefault(kind, []).append(f"{hosts[node]}:{left[node].pop(0)}")
+    found: list[list[tuple[int, dict[str, str]]]] = [[] for _ in hosts]
+    for rank, (kind, number, node) in enumerate(tasks):
+        config = {"cluster": cluster, "task": {"type": kind, "index": number}}
+        found[node].append((rank, {"TF_CONFIG": json.dumps(config)}))
+    return found

@@ -1,0 +1,149 @@
+"""Several nodes seen from the worker: who is to blame, and what becomes of what all of them have made."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from airflow_mlpipelines.compute.base import Stage
+from airflow_mlpipelines.compute.docker import gang_run as docker_gang
+from airflow_mlpipelines.compute.docker.watch import ContainerEnd
+from airflow_mlpipelines.compute.gang_logs import GangLogs
+from airflow_mlpipelines.compute.kubernetes import gang_run as pod_gang
+from airflow_mlpipelines.compute.kubernetes.gang_files import merge_node, stage_of_node
+from airflow_mlpipelines.compute.kubernetes.watch import PodEnd
+from airflow_mlpipelines.compute.threads import in_parallel
+from airflow_mlpipelines.runtime.metrics import append_metric, read_metrics
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("ends", "node"),
+    [
+        ([(0, False), (0, False)], None),
+        ([(143, False), (1, False), (143, False)], 1),
+        ([(1, False), (143, False), (137, True)], 2),
+        ([(143, False), None], 1),
+        ([(143, False), (143, False)], 0),
+    ],
+)
+def test_the_node_to_blame_is_not_one_that_ended_because_of_another(ends, node):
+    containers = {
+        number: ContainerEnd(end and {"ExitCode": end[0], "OOMKilled": end[1]})
+        for number, end in enumerate(ends)
+    }
+    pods = {
+        number: PodEnd(
+            {"metadata": {}},
+            end and {"exitCode": end[0], "reason": "OOMKilled" if end[1] else "Error"},
+            gone=end is None,
+        )
+        for number, end in enumerate(ends)
+    }
+
+    assert docker_gang.find_culprit(containers) == node
+    assert pod_gang.find_culprit(pods) == node
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    made = Stage(
+        root=tmp_path / "root",
+        code=tmp_path / "root" / "code",
+        runtime=tmp_path,
+        run=tmp_path / "root" / "run",
+        inputs={},
+        outputs={},
+        outputs_root=tmp_path / "outputs",
+    )
+    for folder in (made.code, made.run, made.outputs_root):
+        folder.mkdir(parents=True)
+    return made
+
+
+def test_what_nodes_have_made_is_one_and_the_lowest_node_s_files_count(stage: Stage):
+    for node in range(3):
+        own = stage_of_node(stage, node)
+        (own.outputs_root / "table").mkdir()
+        (own.outputs_root / "table" / f"part-{node}").write_text(str(node))
+        (own.outputs_root / "table" / "all").write_text(str(node))
+        (own.code / "logs").mkdir()
+        (own.code / "logs" / f"rank-{node}.txt").write_text(str(node))
+        append_metric(own.run, "scalar", "loss", node)
+
+    refused = [merge_node(stage, node) for node in (1, 2)]
+
+    assert refused == [["table/all"], ["table/all"]]
+    table = stage.outputs_root / "table"
+    assert {file.name: file.read_text() for file in table.iterdir()} == {
+        "part-0": "0",
+        "part-1": "1",
+        "part-2": "2",
+        "all": "0",
+    }
+    assert len(list((stage.code / "logs").iterdir())) == 3
+    assert read_metrics(stage.run)["loss"] == [0, 1, 2]
+    lines = (stage.run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["n"] for line in lines] == [1, 2, 3]
+    assert not (stage.root / "nodes" / "1").exists()
+
+
+def test_an_output_that_is_one_file_is_that_of_the_lowest_node(stage: Stage):
+    (stage.outputs_root / "model").write_text("of node 0")
+    (stage_of_node(stage, 1).outputs_root / "model").write_text("of node 1")
+
+    assert merge_node(stage, 1) == ["model"]
+    assert (stage.outputs_root / "model").read_text() == "of node 0"
+
+
+def test_lines_and_ends_of_all_nodes_arrive_in_one_thread():
+    taken: list[tuple[str, bool]] = []
+    main = threading.get_ident()
+
+    def watcher(number: int):
+        def watch(emit):
+            for line in range(2000):
+                emit(f"{number} {line}")
+            return number * 10
+
+        return watch
+
+    logs: GangLogs[int] = GangLogs(
+        [watcher(0), watcher(1)],
+        lambda line: taken.append((line, threading.get_ident() == main)),
+    )
+    while len(logs.ends) < 2:
+        logs.follow()
+
+    assert logs.ends == {0: 0, 1: 10}
+    assert all(here for _, here in taken)
+    for number in range(2):
+        own = [line for line, _ in taken if line.startswith(f"{number} ")]
+        assert own == [f"{number} {line}" for line in range(2000)]
+        assert logs.tails[number][-1] == f"{number} 1999"
+
+
+def test_what_a_watcher_raises_is_raised_where_the_gang_is_followed():
+    def broken(_emit):
+        raise OSError("no daemon")
+
+    with pytest.raises(OSError, match="no daemon"):
+        GangLogs([broken], print).follow()
+
+
+def test_all_calls_are_made_though_one_fails():
+    done: list[int] = []
+
+    def call(number: int) -> None:
+        if number == 1:
+            raise ValueError("one")
+        done.append(number)
+
+    with pytest.raises(ValueError, match="one"):
+        in_parallel(call, [0, 1, 2])
+    assert sorted(done) == [0, 2]
