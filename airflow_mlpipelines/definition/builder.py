@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 from airflow_mlpipelines._naming import (
-    list_options,
     make_identifier,
     make_unique,
-    suggest,
 )
 from airflow_mlpipelines.definition.checks import check_graph
-from airflow_mlpipelines.definition.computes import ComputeTarget
 from airflow_mlpipelines.definition.data import (
     TOKEN_PREFIX,
     DataReference,
@@ -22,19 +18,11 @@ from airflow_mlpipelines.definition.data import (
     PipelineData,
     is_upload,
 )
-from airflow_mlpipelines.definition.environment import Environment
 from airflow_mlpipelines.definition.graph import (
     Argument,
-    ArgumentPart,
-    ComputeSpec,
-    DatastoreSpec,
-    EnvironmentSpec,
     ExternalDataSpec,
-    InputPart,
     InputSpec,
     LiteralPart,
-    LocalComputeSpec,
-    OutputPart,
     OutputSpec,
     ParameterRef,
     ParameterSpec,
@@ -47,13 +35,13 @@ from airflow_mlpipelines.definition.graph import (
 )
 from airflow_mlpipelines.definition.ordering import CycleError, StepOrder, find_handles
 from airflow_mlpipelines.definition.parameters import PipelineParameter
-from airflow_mlpipelines.definition.workspace import Datastore
+from airflow_mlpipelines.definition.ports import Ports
+from airflow_mlpipelines.definition.resolution import WorkspaceResources
 from airflow_mlpipelines.exceptions import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from airflow_mlpipelines.definition.data import Handle
     from airflow_mlpipelines.definition.graph import Mode
     from airflow_mlpipelines.definition.pipeline import Pipeline
     from airflow_mlpipelines.definition.steps import PipelineStep
@@ -84,11 +72,10 @@ class _Builder:
         self._steps = steps
         self._ids = dict(zip(map(id, steps), make_step_ids(steps), strict=True))
         self._problems: list[Problem] = []
-        self._datastores: dict[str, DatastoreSpec] = {}
-        self._computes: dict[str, ComputeSpec] = {}
+        self._resources = WorkspaceResources(pipeline.workspace, self._report)
         self._parameters: dict[str, ParameterSpec] = {}
         self._directories: dict[str | Path, str] = {}
-        self._default_store = self._find_datastore(pipeline.default_datastore, None, None)
+        self._default_store = self._resources.find_datastore(pipeline.default_datastore, None, None)
 
     def build(self) -> tuple[PipelineGraph, list[Problem]]:
         """Return the graph and its problems."""
@@ -100,8 +87,8 @@ class _Builder:
             workspace=pipeline.workspace.name,
             root=str(pipeline.root),
             default_datastore=self._default_store,
-            datastores=self._datastores,
-            computes=self._computes,
+            datastores=self._resources.datastores,
+            computes=self._resources.computes,
             parameters=tuple(self._parameters.values()),
             steps=tuple(specs),
         )
@@ -120,7 +107,7 @@ class _Builder:
             self._report(f"the name {step.name!r} is no text of 1 to {_MAX_NAME} characters", step)
         inputs = self._build_inputs(step)
         outputs = self._build_outputs(step)
-        ports = _Ports(step, inputs)
+        ports = Ports(step, inputs)
         return StepSpec(
             id=self._ids[id(step)],
             name=str(step.name),
@@ -135,8 +122,8 @@ class _Builder:
             params=self._build_params(step),
             environment_variables=self._build_variables(step),
             secrets=step.secrets,
-            compute=self._find_compute(step),
-            environment=self._find_environment(step),
+            compute=self._resources.find_compute(step),
+            environment=self._resources.find_environment(step),
             resources=step.resources.spec if step.resources is not None else _NO_RESOURCES,
             distributed=step.distributed.spec if step.distributed is not None else None,
             allow_reuse=step.allow_reuse,
@@ -163,64 +150,6 @@ class _Builder:
             self._directories[chosen] = _relative_to(self._pipeline.root, Path(chosen))
         return self._directories[chosen]
 
-    def _find_compute(self, step: PipelineStep) -> str:
-        targets = self._pipeline.workspace.compute_targets
-        wanted: Any = step.compute_target
-        if isinstance(wanted, tuple):
-            wanted = wanted[0]
-        if wanted is None:
-            wanted = self._pipeline.workspace.default_compute
-        if isinstance(wanted, str):
-            if wanted not in targets:
-                self._report(
-                    f"compute {wanted!r} is not in workspace {self._pipeline.workspace.name!r}, which has "
-                    f"{list_options(targets)}.{suggest(wanted, targets)}",
-                    step,
-                )
-                wanted = self._pipeline.workspace.default_compute
-            else:
-                wanted = targets[wanted]
-        if not isinstance(wanted, ComputeTarget):
-            self._report(
-                f"compute_target is a {type(wanted).__name__}; pass a compute or its name", step
-            )
-            wanted = self._pipeline.workspace.default_compute
-        spec = self._with_registry(wanted.spec)
-        known = self._computes.setdefault(wanted.name, spec)
-        if known != spec:
-            self._report(
-                f"compute {wanted.name!r} is defined in two ways; give one another name", step
-            )
-        return str(wanted.name)
-
-    def _with_registry(self, spec: ComputeSpec) -> ComputeSpec:
-        """Return a compute with the workspace's registry, where it has images and none of its own."""
-        registry = self._pipeline.workspace.registry
-        if registry is None or isinstance(spec, LocalComputeSpec) or spec.registry is not None:
-            return spec
-        return spec.model_copy(update={"registry": registry})
-
-    def _find_environment(self, step: PipelineStep) -> EnvironmentSpec | None:
-        environments = self._pipeline.workspace.environments
-        wanted: Any = step.environment
-        if isinstance(wanted, str):
-            if wanted not in environments:
-                self._report(
-                    f"environment {wanted!r} is not in workspace {self._pipeline.workspace.name!r}, which "
-                    f"has {list_options(environments)}.{suggest(wanted, environments)}",
-                    step,
-                )
-                return None
-            wanted = environments[wanted]
-        if wanted is None:
-            return None
-        if not isinstance(wanted, Environment):
-            self._report(
-                f"environment is a {type(wanted).__name__}; pass an Environment or a name", step
-            )
-            return None
-        return wanted.spec
-
     def _build_variables(self, step: PipelineStep) -> dict[str, str]:
         variables: dict[str, Any] = step.environment_variables
         for name, value in variables.items():
@@ -231,29 +160,6 @@ class _Builder:
         return {name: str(value) for name, value in step.environment_variables.items()}
 
     # ---- data ------------------------------------------------------------------------------
-
-    def _find_datastore(self, datastore: Any, step: PipelineStep | None, port: str | None) -> str:
-        workspace = self._pipeline.workspace
-        if datastore is None:
-            spec = workspace.default_datastore.spec
-        elif isinstance(datastore, str):
-            if datastore not in workspace.datastores:
-                self._report(
-                    f"datastore {datastore!r} is not in workspace {workspace.name!r}, which has "
-                    f"{list_options(workspace.datastores)}.{suggest(datastore, workspace.datastores)}",
-                    step,
-                    port,
-                )
-                return self._find_datastore(None, step, port)
-            spec = workspace.datastores[datastore].spec
-        elif isinstance(datastore, Datastore):
-            spec = datastore.spec
-        else:
-            self._report(f"{datastore!r} is no datastore", step, port)
-            return self._find_datastore(None, step, port)
-        if self._datastores.setdefault(spec.name, spec) != spec:
-            self._report(f"datastore {spec.name!r} is defined in two ways", step, port)
-        return spec.name
 
     def _build_inputs(self, step: PipelineStep) -> dict[int, InputSpec]:
         """Return the step's inputs by the identity of their handles; those in arguments count too."""
@@ -300,7 +206,7 @@ class _Builder:
             port = f"input {handle.name!r}"
             source = ExternalDataSpec(
                 name=handle.name,
-                datastore=self._find_datastore(handle.datastore, step, port),
+                datastore=self._resources.find_datastore(handle.datastore, step, port),
                 path=handle.path_on_datastore,
                 pin=handle.pin,
             )
@@ -364,7 +270,7 @@ class _Builder:
                 )
             outputs[data.output_name] = OutputSpec(
                 name=data.output_name,
-                datastore=self._find_datastore(
+                datastore=self._resources.find_datastore(
                     data.datastore or self._pipeline.default_datastore, step, port
                 ),
                 is_directory=data.is_directory,
@@ -390,7 +296,7 @@ class _Builder:
                 path_on_compute=handle.path_on_compute,
                 overwrite=handle.overwrite,
             )
-            datastore = self._find_datastore(handle.datastore, step, port)
+            datastore = self._resources.find_datastore(handle.datastore, step, port)
             spec = OutputSpec(
                 name=handle.name,
                 datastore=datastore,
@@ -411,11 +317,11 @@ class _Builder:
     # ---- arguments and parameters ----------------------------------------------------------
 
     def _build_arguments(
-        self, step: PipelineStep, arguments: Iterable[Any], ports: _Ports
+        self, step: PipelineStep, arguments: Iterable[Any], ports: Ports
     ) -> tuple[Argument, ...]:
         return tuple(self._build_argument(step, argument, ports) for argument in arguments)
 
-    def _build_argument(self, step: PipelineStep, argument: Any, ports: _Ports) -> Argument:
+    def _build_argument(self, step: PipelineStep, argument: Any, ports: Ports) -> Argument:
         if isinstance(argument, str):
             if "PipelineParameter(" in argument:
                 self._report(
@@ -467,58 +373,6 @@ class _Builder:
                     f"param {name!r}",
                 )
         return params
-
-
-class _Ports:
-    """The names under which a step's program knows its data."""
-
-    def __init__(self, step: PipelineStep, inputs: dict[int, InputSpec]) -> None:
-        made = {id(data): data for data in step.outputs if isinstance(data, PipelineData)}
-        self._parts: dict[int, ArgumentPart] = {
-            key: OutputPart(name=data.output_name) for key, data in made.items()
-        }
-        sent = {
-            id(handle): handle
-            for handle in (*step.inputs, *find_handles(step))
-            if is_upload(handle)
-        }
-        self._parts |= {key: OutputPart(name=handle.name) for key, handle in sent.items()}
-        self._outputs: dict[int, PipelineData | DataReference] = {**made, **sent}
-        self._parts |= {key: InputPart(name=spec.name) for key, spec in inputs.items()}
-        self._inputs = inputs
-
-    @cached_property
-    def _tokens(self) -> dict[str, ArgumentPart]:
-        """The parts by the names that stand in tokens."""
-        tokens = {data.name: self._parts[key] for key, data in self._outputs.items()}
-        return tokens | {spec.name: self._parts[key] for key, spec in self._inputs.items()}
-
-    def find(self, handle: Handle) -> ArgumentPart | None:
-        """Return the part that stands for a handle, or None if the step has no such port."""
-        return self._parts.get(id(handle))
-
-    def split(self, text: str) -> Argument:
-        """Return text as parts: handles' tokens in it stand for paths."""
-        if TOKEN_PREFIX not in text:
-            return (LiteralPart(text=text),)
-        parts: list[ArgumentPart] = []
-        position = 0
-        for match in _TOKEN.finditer(text):
-            name = self._longest(match[1])
-            if name is None:
-                continue
-            if match.start() > position:
-                parts.append(LiteralPart(text=text[position : match.start()]))
-            parts.append(self._tokens[name])
-            position = match.start(1) + len(name)
-        if position < len(text):
-            parts.append(LiteralPart(text=text[position:]))
-        return tuple(parts)
-
-    def _longest(self, word: str) -> str | None:
-        """Return the longest port name that ``word`` begins with: text may go on after a token."""
-        known = [name for name in self._tokens if word.startswith(name)]
-        return max(known, key=len, default=None)
 
 
 def _relative_to(root: Path, chosen: Path) -> str:

@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--files", type=int, default=3000)
+    parser.add_argument("--tree", choices=("large", "small", "mixed"), help="only this one")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     server = find_versitygw()
@@ -77,6 +78,8 @@ def main() -> int:
         (root / "served" / BUCKET).mkdir(parents=True)
         with run_versitygw(server, root / "served") as url:
             for tree in trees:
+                if args.tree not in (None, tree.name):
+                    continue
                 found = measure_tree(root, tree, url, args.rounds)
                 results += found
                 for result in found:

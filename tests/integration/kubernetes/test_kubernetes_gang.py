@@ -276,6 +276,24 @@ def test_a_gang_waits_for_gpus_without_a_worker_until_it_has_waited_long_enough(
     gang.assert_nothing_left()
 
 
+def test_a_rank_that_fails_while_no_worker_looks_is_told_with_its_log(gang: Gang) -> None:
+    script = """
+        import os, sys, time
+        print("begun", flush=True)
+        time.sleep(15)  # by then its worker has left
+        if os.environ["RANK"] == "1":
+            sys.exit("out of data")
+        time.sleep(600)
+        """
+    watch = leave_running(gang, script)
+    news, _ = wait_without_worker(watch)
+
+    with pytest.raises(StepFailedError, match=r"node 1 of 2 .*: exit code 1") as caught:
+        gang.run_gang(script, gang.launcher(), detach=True, news=news)
+    assert "  out of data" in caught.value.log_tail
+    gang.assert_nothing_left()
+
+
 def test_a_pod_that_is_gone_while_no_worker_looks_is_told_by_the_next(gang: Gang) -> None:
     watch = leave_running(gang, WAIT)
     (name,) = [pod.metadata.name for pod in gang.look.pods() if "-1-" in pod.metadata.name]
