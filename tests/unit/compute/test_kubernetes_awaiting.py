@@ -13,6 +13,7 @@ import yaml
 from aiohttp import web
 
 from airflow_mlpipelines.compute.kubernetes import awaiting
+from airflow_mlpipelines.compute.kubernetes.async_cluster import AsyncCluster
 from airflow_mlpipelines.compute.kubernetes.awaiting import PodAwaiter, remove_pods
 from airflow_mlpipelines.compute.kubernetes.detaching import PodNews, Reason
 from tests.unit.compute.test_kubernetes_deferral import WATCH, make_pod
@@ -31,6 +32,7 @@ class ApiServer:
 
     Attributes:
         watches: What each watch tells, one after the other; the last one stays open.
+        watch_seconds: How long the others stay open after what they tell.
         refusals: The statuses of the first answers.
         token: Who may ask.
     """
@@ -40,6 +42,7 @@ class ApiServer:
         self.step: dict[str, Any] = RUNNING
         self.watches: list[list[dict[str, Any]]] = []
         self.refusals: list[int] = []
+        self.watch_seconds = 0.0
         self.token = "first"
         self.on_refusal: Callable[[], None] = lambda: None
         self.asked: list[str] = []
@@ -95,6 +98,7 @@ class ApiServer:
             await response.write(json.dumps(change).encode() + b"\n")
         if changes is None:
             await asyncio.sleep(60)
+        await asyncio.sleep(self.watch_seconds)
         return response
 
 
@@ -169,6 +173,29 @@ def test_a_token_that_was_renewed_is_read_anew(server: ApiServer) -> None:
     server.on_refusal = server.renew
     server.watches = [[change("MODIFIED", ENDED)]]
     assert wait(server).reason is Reason.ENDED
+
+
+def test_a_renewed_token_breaks_nothing_that_goes_on_beside_it(server: ApiServer) -> None:
+    watch = replace(WATCH, conn_id=None, in_cluster=False)
+    began = asyncio.Event()
+
+    async def follow(cluster: AsyncCluster) -> bytes:
+        async with cluster.open("pods", query={"watch": "true"}, silence=20) as pieces:
+            began.set()
+            return b"".join([piece async for piece in pieces])
+
+    async def work() -> tuple[list[Any], bytes]:
+        async with AsyncCluster(watch.access) as cluster:
+            following = asyncio.create_task(follow(cluster))
+            await began.wait()
+            server.token, server.on_refusal = "second", server.renew
+            answers = [cluster.ask("GET", "pods") for _ in range(20)]
+            return await asyncio.gather(*answers), await following
+
+    server.watches, server.watch_seconds = [[change("MODIFIED", ENDED)]], 2.0
+    answers, followed = asyncio.run(serve(server, work()))
+    assert len(answers) == 20
+    assert b"MODIFIED" in followed
 
 
 def test_a_token_that_stays_expired_calls_for_a_worker(
