@@ -177,6 +177,52 @@ def test_pods_that_are_too_many_are_named_and_not_said_to_lack_a_place():
     assert all(name in str(failed.value) for name in names)
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_node_that_does_not_answer_is_forced_only_if_it_can_write_nowhere(shares):
+    volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": "ml-data"}}]
+    pod = {
+        "metadata": {"name": "mlp-1-1-aaaaa", "labels": {INDEX: "1"}},
+        "spec": {"volumes": volumes if shares else []},
+    }
+    graces = []
+
+    class Lost:
+        namespace = "ml"
+
+        def again(self):
+            return self
+
+        def ask(self, *_words, **_options):
+            return {"items": [pod]}
+
+        def delete(self, kind, _name, *, seconds):
+            if kind == "pods":
+                graces.append(seconds)
+
+    class Logs:
+        ends = {}
+
+        def follow(self, _seconds):
+            if not self.ends:
+                self.ends = {0: PodEnd({"metadata": {}}, {"exitCode": 1})}
+                return 0, self.ends[0]
+            if 0 in graces:
+                self.ends[1] = PodEnd({"metadata": {}}, None, gone=True)
+                return 1, self.ends[1]
+            return None
+
+    launch = SimpleNamespace(step_run_id="a step run", news=None)
+    spec = SimpleNamespace(nodes=2)
+    attendant = pod_gang.GangAttendant(Lost(), launch, spec, token="t", note=None, stops=None)
+    if shares:
+        with pytest.raises(ComputeUnavailableError, match="'mlp-1-1-aaaaa'.*kubectl delete node"):
+            attendant._await_all(Logs())
+        assert graces == [2]
+    else:
+        attendant._await_all(Logs())
+        assert graces == [2, 0]
+
+
 def test_an_api_server_that_is_away_for_a_moment_loses_no_gang(monkeypatch):
     answers = [ClusterError(503, "away"), {"items": []}]
 
