@@ -163,6 +163,28 @@ def test_the_workers_may_use_the_socket_of_a_daemon_of_root_or_of_a_user(tmp_pat
     assert (made["AIRFLOW_UID"], made["DOCKER_GID"]) == expected
 
 
+PIN = re.compile(r"^([\w.-]+)==(\S+)(.*)$", re.MULTILINE)
+APART = "# not as in constraints.txt: "
+
+
+def test_images_have_the_versions_of_the_workers_or_say_why_not():
+    """MLflow holds some packages back, so that its image can't be installed by constraints.txt as it is."""
+    workers = {}
+    for name, version, _ in PIN.findall((ROOT / "constraints.txt").read_text()):
+        workers.setdefault(name, set()).add(version)  # several, if they depend on the Python
+    pins = [
+        pin
+        for file in ("steps-requirements.txt", "mlflow-requirements.txt")
+        for pin in PIN.findall((ROOT / "compose" / file).read_text())
+    ]
+    differ = {name for name, version, _ in pins if version not in workers.get(name, {version})}
+    versions = {name: version for name, version, _ in pins}
+
+    assert {"boto3", "pandas", "pyarrow"} <= workers.keys() & versions.keys()
+    assert differ == {name for name, _, rest in pins if APART in rest}
+    assert versions["mlflow"] == versions["mlflow-skinny"]
+
+
 def test_steps_are_on_the_network_and_the_image_that_the_file_makes():
     text = COMPOSE.read_text()
     workspace = yaml.safe_load((ROOT / "compose" / "mlpipelines.yaml").read_text())
