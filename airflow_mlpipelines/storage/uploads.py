@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines._naming import list_options
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.storage.listing import list_remote
-from airflow_mlpipelines.storage.stores import PART_SUFFIX
+from airflow_mlpipelines.storage.stores import part_beside
 from airflow_mlpipelines.storage.transfer import pin_external
 from airflow_mlpipelines.storage.trees import digest_file, walk_tree
 from airflow_mlpipelines.storage.upload import has_content, upload
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from airflow_mlpipelines.storage.artifact import Artifact
     from airflow_mlpipelines.storage.stores import Store
@@ -106,7 +106,7 @@ def _is_same(ours: Path, theirs: Path) -> bool:
 def _put(file: Path, target: Path) -> None:
     """Copy a file to where it is visible when it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}{PART_SUFFIX}")
+    part = Path(part_beside(str(target)))
     try:
         shutil.copyfile(file, part)
         part.replace(target)
