@@ -42,19 +42,7 @@ def upload_files(
     Raises:
         DataError: There are no files, the place has files of these names, or they can't be sent.
     """
-    files = _list_files(source)
-    if not files:
-        raise DataError(
-            "no file was written to it, so there is nothing to upload. The program has to write files into "
-            "the directory that it is given."
-        )
-    if not overwrite:
-        taken = _find_taken(store, path, files)
-        if taken:
-            raise DataError(
-                f"{store.uri(path)} holds {list_options(taken)} already, with other content. Nothing was sent. "
-                "Choose another path_on_datastore, or say overwrite=True to replace them."
-            )
+    files = check_upload(store, path, source, overwrite=overwrite)
     if store.is_local:
         with store.translate_errors(path, "written"):
             for name, file in files.items():
@@ -65,6 +53,33 @@ def upload_files(
     if found is None:
         raise DataError(f"did not arrive at {store.uri(path)}.")
     return replace(found, version=found.digest, step_run=step_run)
+
+
+def check_upload(store: Store, path: str, source: Path, *, overwrite: bool) -> dict[str, Path]:
+    """Return where each file to upload is, by its path below the directory, if all of them may go to the place.
+
+    Raises:
+        DataError: There are no files, or the place has files of these names with other bytes; these errors are
+            not retryable, as another run of the program would end in them too.
+    """
+    if not source.is_dir():
+        raise DataError("the directory that the program was given is gone.")
+    files = _list_files(source)
+    if not files:
+        raise DataError(
+            "no file was written to it, so there is nothing to upload. The program has to write files into "
+            "the directory that it is given.",
+            retryable=False,
+        )
+    if not overwrite:
+        taken = _find_taken(store, path, files)
+        if taken:
+            raise DataError(
+                f"{store.uri(path)} holds {list_options(taken)} already, with other content. Nothing was sent. "
+                "Choose another path_on_datastore, or say overwrite=True to replace them.",
+                retryable=False,
+            )
+    return files
 
 
 def _list_files(source: Path) -> dict[str, Path]:
