@@ -78,7 +78,10 @@ def upload(
 
 
 def has_content(known: RemoteFile, file: Path) -> bool:
-    """Whether an object has the bytes of a file of this machine, as far as its store tells."""
+    """Whether a store tells by an MD5 that an object has the bytes of a file of this machine.
+
+    False does not say that it has others: not every store tells an MD5, nor of every object.
+    """
     size = file.stat().st_size
     etag = _plain_etag(known)
     if etag is None or known.size != size:

@@ -6,10 +6,11 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from airflow_mlpipelines._naming import list_options
 from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.storage.ends import CHUNK, open_end
 from airflow_mlpipelines.storage.listing import list_remote
 from airflow_mlpipelines.storage.stores import part_beside
 from airflow_mlpipelines.storage.transfer import pin_external
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.listing import RemoteFile
     from airflow_mlpipelines.storage.stores import Store
 
 
@@ -47,7 +49,7 @@ def upload_files(
         with store.translate_errors(path, "written"):
             for name, file in files.items():
                 _put(file, store.local_path(path) / name)
-    else:
+    elif files:
         upload(store, path, files, alone=False)
     found = pin_external(store, path, how="version")
     if found is None:
@@ -56,7 +58,9 @@ def upload_files(
 
 
 def check_upload(store: Store, path: str, source: Path, *, overwrite: bool) -> dict[str, Path]:
-    """Return where each file to upload is, by its path below the directory, if all of them may go to the place.
+    """Return where each file to send is, by its path below the directory, if all of them may go to the place.
+
+    Without ``overwrite``, those that are there already, with the same bytes, are not among them.
 
     Raises:
         DataError: There are no files, or the place has files of these names with other bytes; these errors are
@@ -71,15 +75,17 @@ def check_upload(store: Store, path: str, source: Path, *, overwrite: bool) -> d
             "the directory that it is given.",
             retryable=False,
         )
-    if not overwrite:
-        taken = _find_taken(store, path, files)
-        if taken:
-            raise DataError(
-                f"{store.uri(path)} holds {list_options(taken)} already, with other content. Nothing was sent. "
-                "Choose another path_on_datastore, or say overwrite=True to replace them.",
-                retryable=False,
-            )
-    return files
+    if overwrite:
+        return files
+    there = _find_there(store, path, files)
+    taken = [name for name, is_same in there.items() if not is_same]
+    if taken:
+        raise DataError(
+            f"{store.uri(path)} holds {list_options(taken)} already, with other content. Nothing was sent. "
+            "Choose another path_on_datastore, or say overwrite=True to replace them.",
+            retryable=False,
+        )
+    return {name: file for name, file in files.items() if name not in there}
 
 
 def _list_files(source: Path) -> dict[str, Path]:
@@ -97,19 +103,47 @@ def _list_files(source: Path) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def _find_taken(store: Store, path: str, files: Mapping[str, Path]) -> list[str]:
-    """Return the names at the place that have other bytes than our files have."""
+def _find_there(store: Store, path: str, files: Mapping[str, Path]) -> dict[str, bool]:
+    """Return the names that are at the place, and whether they have the bytes of our files."""
     if store.is_local:
         root = store.local_path(path)
-        return [
-            name
+        return {
+            name: _is_same(file, root / name)
             for name, file in files.items()
-            if os.path.lexists(root / name) and not _is_same(file, root / name)
-        ]
+            if os.path.lexists(root / name)
+        }
     there = {file.path: file for file in list_remote(store, path)[0]}
-    return [
-        name for name, file in files.items() if name in there and not has_content(there[name], file)
-    ]
+    return {
+        name: _is_same_remote(file, store, path, there[name])
+        for name, file in files.items()
+        if name in there
+    }
+
+
+def _is_same_remote(ours: Path, store: Store, path: str, theirs: RemoteFile) -> bool:
+    if ours.stat().st_size != theirs.size:
+        return False
+    if has_content(theirs, ours):
+        return True
+    place = open_end(store, path)
+    with (
+        store.translate_errors(place.below(theirs.path), "read"),
+        place.read(theirs.path) as remote,
+        ours.open("rb") as local,
+    ):
+        while data := local.read(CHUNK):
+            if _read_whole(remote, len(data)) != data:
+                return False
+    return True
+
+
+def _read_whole(file: IO[bytes], size: int) -> bytes:
+    """Return so many bytes, or all that there are: some drivers' files give less at a time."""
+    pieces = []
+    while size > 0 and (piece := file.read(size)):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
 
 
 def _is_same(ours: Path, theirs: Path) -> bool:

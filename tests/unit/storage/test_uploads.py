@@ -14,6 +14,7 @@ from airflow_mlpipelines.storage.stores import open_store
 from airflow_mlpipelines.storage.uploads import upload_files
 
 HALF = 100_000
+LARGE = (8 << 20) + 5  # more than is compared at a time
 
 
 @pytest.fixture
@@ -91,3 +92,37 @@ def test_a_file_may_have_the_longest_name_there_is(local, tmp_path):
     upload_files(local, "place", source, overwrite=False, step_run="r")
 
     assert (local.local_path("place") / name).read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_a_second_try_finds_what_the_first_has_sent_and_sends_only_the_rest(
+    request, tmp_path, kind
+):
+    store = request.getfixturevalue(kind)
+    source = make(tmp_path / "made", model=b"x" * LARGE, empty=b"")
+    first = upload_files(store, "place", source, overwrite=False, step_run="r")
+
+    # The version is made of the times of the files: nothing has been written again.
+    assert upload_files(store, "place", source, overwrite=False, step_run="r") == first
+
+    make(source, more=b"1")
+    assert upload_files(store, "place", source, overwrite=False, step_run="r").files == 3
+    assert store.read_bytes("place/more") == b"1"
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_other_bytes_of_the_same_length_are_told_and_kept(request, tmp_path, kind):
+    store = request.getfixturevalue(kind)
+    theirs = b"x" * (LARGE - 1) + b"y"
+    store.write_bytes("place/model", theirs)
+    source = make(tmp_path / "made", model=b"x" * LARGE, other=b"1")
+
+    with pytest.raises(DataError, match=r"holds \['model'\] already, with other content") as caught:
+        upload_files(store, "place", source, overwrite=False, step_run="r")
+
+    assert not caught.value.retryable
+    assert store.read_bytes("place/model") == theirs
+    assert not store.exists("place/other")
+
+    upload_files(store, "place", source, overwrite=True, step_run="r")
+    assert store.read_bytes("place/model") == b"x" * LARGE
