@@ -11,6 +11,7 @@ from airflow_mlpipelines.agent.staging import CONTROL, KEPT_DIRECTORIES
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.storage.file_locks import lock_file
 from airflow_mlpipelines.storage.kept import keep_files
+from airflow_mlpipelines.storage.placing import check_inside
 from airflow_mlpipelines.storage.transfer import commit_output
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _commit_outputs(
             artifact = commit_output(
                 stores[item.datastore],
                 item.path,
-                _inside(workspace / "outputs", item.source),
+                check_inside(workspace / "outputs" / item.source, workspace / "outputs"),
                 step_run=job.step_run,
                 expect_directory=item.is_directory,
             )
@@ -84,13 +85,3 @@ def _commit_outputs(
         took = show_duration(time.monotonic() - began)
         say(f"Output {name!r}: {what} committed to {artifact.uri} in {took}")
     return made
-
-
-def _inside(directory: Path, name: str) -> Path:
-    """Return where an output is. The step may have put a link there, to what it may not read itself."""
-    source = directory / name
-    if not source.resolve().is_relative_to(directory.resolve()):
-        raise DataError(
-            "is a symbolic link that leads out of the outputs. Write a copy of the data instead."
-        )
-    return source

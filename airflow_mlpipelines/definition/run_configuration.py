@@ -278,8 +278,9 @@ def _distributed_to_fields(distributed: Distribution | None) -> dict[str, Any]:
     return {
         "framework": "TensorFlow",
         "communicator": "ParameterServer",
+        "nodeCount": spec.nodes,
         "tensorflow": {
-            "workerCount": spec.processes_per_node,
+            "workerCount": spec.nodes * spec.processes_per_node,
             "parameterServerCount": spec.parameter_servers,
         },
     }
@@ -309,9 +310,15 @@ def _distributed_from_fields(where: str, fields: Mapping[str, Any]) -> Distribut
         return PyTorch(nodes=nodes, processes_per_node=processes // nodes)
     if framework == "TensorFlow" and communicator == "ParameterServer":
         counts = get_section(fields, "tensorflow")
+        workers = counts.get("workerCount") or 1
+        if workers % nodes:
+            raise DefinitionError(
+                f"{where}: tensorflow.workerCount is {workers}, which does not go evenly into nodeCount {nodes}"
+            )
         return TensorFlow(
-            workers=counts.get("workerCount") or 1,
+            workers=workers,
             parameter_servers=counts.get("parameterServerCount") or 0,
+            nodes=nodes,
         )
     if nodes != 1:
         raise DefinitionError(

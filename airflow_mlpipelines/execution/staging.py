@@ -12,7 +12,7 @@ from airflow_mlpipelines.compute.base import KEPT_DIRECTORIES, Carriage, Stage
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.runtime.stage import stage_runtime
 from airflow_mlpipelines.storage.kept import RUN_FILES, keep_files
-from airflow_mlpipelines.storage.placing import make_writable, place_link
+from airflow_mlpipelines.storage.placing import check_inside, make_writable, place_link
 from airflow_mlpipelines.storage.snapshots import unpack_snapshot
 from airflow_mlpipelines.storage.transfer import commit_output, fetch
 from airflow_mlpipelines.storage.uploads import check_upload, upload_files
@@ -233,7 +233,7 @@ def commit_outputs(
             artifacts[output.name] = commit_output(
                 stores[output.datastore],
                 f"{workplace.directory}/{output.name}",
-                source,
+                check_inside(source, workplace.stage.outputs_root),
                 step_run=step_run_id,
                 expect_directory=output.is_directory,
                 cache=cache,

@@ -19,6 +19,21 @@ _CLONE = 0x40049409
 """Linux's ``FICLONE``: the new file has the old one's blocks until either is written to."""
 
 
+def check_inside(path: Path, directory: Path) -> Path:
+    """Return ``path``, if it leads to something in ``directory``, also by links.
+
+    A step may have put a link there, to what it may not read itself.
+
+    Raises:
+        DataError: It leads out of there.
+    """
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise DataError(
+            "is a symbolic link that leads out of the outputs. Write a copy of the data instead."
+        )
+    return path
+
+
 def make_read_only(path: Path) -> None:
     """Take the right to write away from a file, or from all files of a directory.
 

@@ -52,7 +52,6 @@ with DAG("pod_fan", schedule=None, max_active_tasks=PODS, default_args={"weight_
             task_id=f"step_{number}",
             name=f"step-{number}",
             namespace="default",
-            config_file=KUBECONFIG,
             image=IMAGE,
             cmds=command(number),
             on_finish_action="delete_pod",
@@ -144,10 +143,13 @@ def measure(kubeconfig: Path, address: str, pods: int) -> dict[str, float | str]
     ):
         home = Path(folder)
         (home / "dags").mkdir()
-        values = (pods, IMAGE, str(kubeconfig), url)
-        head = f"PODS, IMAGE, KUBECONFIG, GATE = {values!r}\n"
+        values = (pods, IMAGE, url)
+        head = f"PODS, IMAGE, GATE = {values!r}\n"
         (home / "dags" / "pods.py").write_text(head + DAGS)
-        with AirflowStack(home, home / "dags") as stack:
+        extra = {"in_cluster": False, "kube_config_path": str(kubeconfig)}
+        connection = json.dumps({"conn_type": "kubernetes", "extra": extra})
+        settings = {"AIRFLOW_CONN_KUBERNETES_DEFAULT": connection}
+        with AirflowStack(home, home / "dags", settings=settings) as stack:
             client = AirflowClient(stack.url, username=stack.username, password=stack.password)
             figures: dict[str, float | str] = {
                 "benchmark": f"{pods} pods at once",

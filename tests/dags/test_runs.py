@@ -205,3 +205,17 @@ def test_the_run_s_summary_can_be_pulled_from_the_last_task(run_dag: RunDag):
 
     counts = [(one["ran"], one["reused"]) for one in seen]
     assert counts == [(3, 0), (0, 3)]
+
+
+def test_an_output_that_leads_out_of_the_outputs_is_refused(
+    run_dag: RunDag, tmp_path: Path, capsys
+):
+    (tmp_path / "private").write_text("of somebody else")
+    out = PipelineData("out", is_directory=False)
+    step = CommandStep(["ln", "-s", str(tmp_path / "private"), out], name="link", outputs=[out])
+
+    run = run_dag(Pipeline(Workspace.from_config(), [step], name="leads_out").to_dag())
+
+    said = capsys.readouterr().out
+    assert states_of(run)["link"] == "failed"
+    assert "step 'link', output 'out': is a symbolic link that leads out of the outputs" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -25,14 +26,26 @@ def services():
 def env_file(tmp_path_factory):
     """What the one command makes that users run before `up`."""
     file = tmp_path_factory.mktemp("env") / "env"
-    script = ROOT / "compose" / "make-env.sh"
-    made = subprocess.run(["sh", script], capture_output=True, text=True, check=True)
-    file.write_text(made.stdout)
+    make_env(file)
     return file
 
 
-def read_env(text):
-    return dict(line.split("=", 1) for line in text.splitlines())
+def make_env(*arguments, script=ROOT / "compose" / "make-env.sh", **environment):
+    """Run the script, and return what it says."""
+    done = subprocess.run(
+        ["sh", script, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == ""
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def read_env(file):
+    return dict(line.split("=", 1) for line in file.read_text().splitlines())
 
 
 def test_every_component_of_airflow_is_there(services):
@@ -63,19 +76,77 @@ def test_what_runs_on_is_checked_and_started_again(services):
         assert service["restart"] == ("unless-stopped" if lasting else "no"), name
 
 
-def test_every_password_and_key_is_the_deployment_s_own(env_file):
+def test_every_password_and_key_is_the_deployment_s_own(env_file, tmp_path):
     needed = set(re.findall(r"\$\{(\w+):\?", COMPOSE.read_text()))
-    first = read_env(env_file.read_text())
-    script = ROOT / "compose" / "make-env.sh"
-    second = read_env(
-        subprocess.run(["sh", script], capture_output=True, text=True, check=True).stdout
-    )
+    first = read_env(env_file)
+    make_env(tmp_path / "env")
+    second = read_env(tmp_path / "env")
 
     assert needed == first.keys() - {"AIRFLOW_UID", "DOCKER_SOCKET", "DOCKER_GID"}
     for name in needed:
         assert len(first[name]) >= 16
         assert first[name] != second[name]
     Fernet(first["AIRFLOW_FERNET_KEY"])
+
+
+def test_passwords_and_keys_are_written_beside_the_compose_file_for_its_owner_only(tmp_path):
+    (tmp_path / "compose").mkdir()
+    script = shutil.copy(ROOT / "compose" / "make-env.sh", tmp_path / "compose")
+    said = make_env(script=script)
+    made = read_env(tmp_path / ".env")
+
+    assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == 0o600
+    assert set(said.split()) >= made.keys()
+    assert not [name for name, value in made.items() if len(value) >= 16 and value in said]
+
+
+def test_what_a_deployment_has_already_stays(env_file, tmp_path):
+    file = tmp_path / "env"
+    shutil.copy(env_file, file)
+    before = file.read_bytes()
+    assert "has everything" in make_env(file)
+    assert file.read_bytes() == before
+
+
+def test_what_is_missing_is_added_and_nothing_else_changed(tmp_path):
+    file = tmp_path / "env"
+    before = (
+        "# ours\nexport POSTGRES_PASSWORD = 'first one'\nAIRFLOW_FERNET_KEY: \"a=b\"\n"
+        "#AIRFLOW_SECRET=no\nS3_ACCESS_KEY=\nMY_AIRFLOW_PASSWORD=x\nWORKER_CONCURRENCY=2"
+    )
+    file.write_text(before)
+    file.chmod(0o644)
+    make_env(file)
+    kept, added = file.read_text()[: len(before)], file.read_text()[len(before) :]
+
+    assert kept == before
+    assert re.findall(r"^(\w+)=.+$", added, re.MULTILINE) == [
+        "AIRFLOW_UID",
+        "AIRFLOW_PASSWORD",
+        "AIRFLOW_SECRET",
+        "S3_ACCESS_KEY",
+        "S3_SECRET_KEY",
+        "DOCKER_SOCKET",
+        "DOCKER_GID",
+    ]
+    assert added.startswith("\n")
+    assert not file.stat().st_mode & stat.S_IRWXO
+    assert "has everything" in make_env(file)
+
+
+def test_the_compose_file_s_remedy_is_a_command_that_changes_no_secret():
+    remedies = set(re.findall(r"\$\{\w+:\?([^}]*)\}", COMPOSE.read_text()))
+
+    assert remedies == {"run sh compose/make-env.sh"}
+
+
+def test_another_socket_than_the_one_in_the_file_is_refused(tmp_path):
+    file = tmp_path / "env"
+    make_env(file, DOCKER_SOCKET="/one.sock")
+    before = file.read_text()
+    with pytest.raises(AssertionError, match="names another DOCKER_SOCKET"):
+        make_env(file, DOCKER_SOCKET="/two.sock")
+    assert file.read_text() == before
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
@@ -86,16 +157,32 @@ def test_the_workers_may_use_the_socket_of_a_daemon_of_root_or_of_a_user(tmp_pat
     stand_in = tmp_path / "docker.sock"
     stand_in.touch()
     os.chown(stand_in, *owner)
-    done = subprocess.run(
-        ["sh", ROOT / "compose" / "make-env.sh"],
-        env={**os.environ, "DOCKER_SOCKET": str(stand_in)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    made = read_env(done.stdout)
+    make_env(tmp_path / "env", DOCKER_SOCKET=str(stand_in))
+    made = read_env(tmp_path / "env")
 
     assert (made["AIRFLOW_UID"], made["DOCKER_GID"]) == expected
+
+
+PIN = re.compile(r"^([\w.-]+)==(\S+)(.*)$", re.MULTILINE)
+APART = "# not as in constraints.txt: "
+
+
+def test_images_have_the_versions_of_the_workers_or_say_why_not():
+    """MLflow holds some packages back, so that its image can't be installed by constraints.txt as it is."""
+    workers = {}
+    for name, version, _ in PIN.findall((ROOT / "constraints.txt").read_text()):
+        workers.setdefault(name, set()).add(version)  # several, if they depend on the Python
+    pins = [
+        pin
+        for file in ("steps-requirements.txt", "mlflow-requirements.txt")
+        for pin in PIN.findall((ROOT / "compose" / file).read_text())
+    ]
+    differ = {name for name, version, _ in pins if version not in workers.get(name, {version})}
+    versions = {name: version for name, version, _ in pins}
+
+    assert {"boto3", "pandas", "pyarrow"} <= workers.keys() & versions.keys()
+    assert differ == {name for name, _, rest in pins if APART in rest}
+    assert versions["mlflow"] == versions["mlflow-skinny"]
 
 
 def test_steps_are_on_the_network_and_the_image_that_the_file_makes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,14 @@ def test_the_rights_are_for_the_workers_in_the_namespace_of_the_compute(values, 
         values[component]["serviceAccount"]["name"] for component in ("workers", "triggerer")
     ]
     assert values["allowPodLaunching"] is False  # the chart's own, broader rights
+
+
+def test_the_guide_to_kubernetes_asks_for_the_same_rights(rights):
+    guide = (ROOT / "docs" / "guides" / "kubernetes.md").read_text()
+    block = re.search(r"```yaml\n(apiVersion: rbac.*?)```", guide, re.DOTALL)
+
+    assert block is not None
+    assert yaml.safe_load(block[1])["rules"] == rights[0]["rules"]
 
 
 def test_airflow_is_set_as_in_the_compose_file(values):

@@ -182,6 +182,7 @@ class PodAttendant:
             else:
                 log.info("Going on with pod %s: %s", self._spec.name, self._news.reason)
             if not has_files(pod):
+                hand_over(self._spec)  # what it is to write to has been made anew for this try
                 self._prepare(pod, is_new=False)
         return self._attend(pod, emit)
 

@@ -168,7 +168,8 @@ def remember(pod: Json) -> Json:
         found["status"]["conditions"] = [told]
     for kind, name in (("initContainerStatuses", STAGE), ("containerStatuses", STEP)):
         state, facts = container_state(pod, name)
-        told = {key: value for key, value in facts.items() if key in ("exitCode", "reason")}
+        kept_facts = ("exitCode", "reason", "message") if name == STAGE else ("exitCode", "reason")
+        told = {key: value for key, value in facts.items() if key in kept_facts}
         found["status"][kind] = [{"name": name, "state": {state: told}}]
     return found
 

@@ -240,9 +240,11 @@ def _forbidden(step: str, said: str, compute: KubernetesComputeSpec) -> StepFail
     if "cannot" in said and "resource" in said:
         return StepFailedError(
             step,
-            f"this worker may not do that in namespace {compute.namespace!r}: {said}. Its service account or user "
-            "needs pods (create, get, list, watch, patch, delete), pods/log (get), pods/exec (create, get) and secrets (create, "
-            "delete); for steps on several nodes also jobs (create, get, patch, delete) and services (create, delete).",
+            f"this worker may not do that in namespace {compute.namespace!r}: {said}. Its service account or user, "
+            "and the triggerer's, need pods (create, get, list, watch, patch, delete), pods/log (get), pods/exec (create, "
+            "get) and secrets (create, delete); for steps on several nodes also jobs of the API group batch (create, get, "
+            "patch, delete), services (create, delete) and, for better errors, events (list). This project's "
+            "deploy/helm/rbac.yaml grants these.",
             retryable=False,
         )
     return StepFailedError(

@@ -100,13 +100,15 @@ def stage_of_node(stage: Stage, node: int) -> Stage:
 def merge_node(stage: Stage, node: int) -> list[str]:
     """Move what a node has made to the step's own directories; return the files that were there already.
 
-    Those are left as they are: of files with one path, that of the lowest node counts.
+    Those are left as they are: of files with one path, that of the lowest node counts. No link is followed: the
+    program may have made it, and what it leads to here is the worker's.
     """
     own = stage_of_node(stage, node)
     refused = _merge(own.outputs_root, stage.outputs_root)
     for name in KEPT_DIRECTORIES:
-        if (own.code / name).is_dir():
-            _merge(own.code / name, stage.code / name)
+        source, target = own.code / name, stage.code / name
+        if _is_folder(source) and not target.is_symlink():
+            _merge(source, target)
     _merge_metrics(own.run / METRICS_FILE, stage.run / METRICS_FILE)
     shutil.rmtree(own.root, ignore_errors=True)
     return refused
@@ -118,7 +120,7 @@ def _merge(source: Path, target: Path) -> list[str]:
     for entry in sorted(source.iterdir()):
         there = target / entry.name
         if not there.exists() and not there.is_symlink():
-            entry.replace(there)
+            shutil.move(entry, there)  # the datastore may be on another disk
         elif _is_folder(entry) and _is_folder(there):
             refused += [f"{entry.name}/{name}" for name in _merge(entry, there)]
         else:
@@ -132,7 +134,7 @@ def _is_folder(path: Path) -> bool:
 
 def _merge_metrics(source: Path, target: Path) -> None:
     """Append a node's metrics to the step's, numbered on."""
-    if not source.is_file():
+    if source.is_symlink() or target.is_symlink() or not source.is_file():
         return
     there = _whole_lines(target) if target.is_file() else []
     number = len(there)

@@ -126,6 +126,9 @@ class GangAttendant:
             else:
                 log.info("Going on with Job %s: %s", self._spec.name, self._news.reason)
             if not all(has_files(pod) for pod in pods):
+                hand_over(
+                    self._spec.pod
+                )  # what they are to write to has been made anew for this try
                 self._prepare(None)
         self._check(self._attend(emit))
 

@@ -21,7 +21,12 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     connect,
 )
 from airflow_mlpipelines.compute.kubernetes.detaching import PodNews
-from airflow_mlpipelines.compute.kubernetes.failures import PodLostError, lost_unseen, refusal
+from airflow_mlpipelines.compute.kubernetes.failures import (
+    PodLostError,
+    lost_unseen,
+    refusal,
+    start_failure,
+)
 from airflow_mlpipelines.compute.kubernetes.gang import (
     discard_gang,
     find_gang,
@@ -39,10 +44,11 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     is_waiting,
     remove_pod,
 )
-from airflow_mlpipelines.compute.kubernetes.pod import plan_pod, pod_name
+from airflow_mlpipelines.compute.kubernetes.pod import STAGE, plan_pod, pod_name
 from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
 from airflow_mlpipelines.compute.kubernetes.template import lay_over, read_template
-from airflow_mlpipelines.compute.kubernetes.volumes import SHARED_WORK, mount_shared
+from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared, works_with_stage
+from airflow_mlpipelines.compute.kubernetes.watch import container_state
 from airflow_mlpipelines.exceptions import DataError, StepFailedError
 
 if TYPE_CHECKING:
@@ -71,8 +77,8 @@ _KILL_ANSWER_SECONDS = 1.0
 class KubernetesLauncher(Launcher):
     """Runs one step as one pod of a Kubernetes cluster; on several nodes, as the pods of a Job.
 
-    All data travel through a worker and the API server: this suits steps whose inputs and outputs are some
-    gigabytes at most. A GPU model (``gpu_type``) is asked for by the node label
+    Data travel through a worker and the API server, which suits some gigabytes, unless the compute has an agent or
+    shared volumes. A GPU model (``gpu_type``) is asked for by the node label
     ``<gpu_resource>.product``, such as ``nvidia.com/gpu.product``, which NVIDIA's feature discovery sets.
     """
 
@@ -226,7 +232,7 @@ class KubernetesLauncher(Launcher):
             self._cluster, launch, spec, token=self._token, note=note, stops=self._stops
         )
         self._name = spec.name
-        end = attendant.run(self._find_pod(launch, note), hand_on)
+        end = attendant.run(self._find_pod(launch, spec, note), hand_on)
         self._name = None
         attendant.check(end, tuple(tail))
 
@@ -246,7 +252,7 @@ class KubernetesLauncher(Launcher):
         if launch.carriage:
             spec = add_agent(spec, launch, self._compute)
         spec = mount_shared(spec, launch, self._compute)
-        self.carries_files = SHARED_WORK not in spec.shared
+        self.carries_files = not works_with_stage(launch.stage, spec)
         if self._compute.pod_template_file is not None:
             try:
                 template = read_template(self._compute.pod_template_file)
@@ -255,14 +261,19 @@ class KubernetesLauncher(Launcher):
             spec.manifest.update(lay_over(template, spec.manifest))
         return spec
 
-    def _find_pod(self, launch: StepLaunch, note: PodNote) -> Mapping[str, Any] | None:
+    def _find_pod(
+        self, launch: StepLaunch, spec: PodSpec, note: PodNote
+    ) -> Mapping[str, Any] | None:
         """Return the pod to go on with; None if there is to be a new one."""
         if launch.news is None:
             return self._find_survivor(launch.step_run_id, note)
         name = pod_name(launch.step_run_id)
         found, _ = self._cluster.find_patiently("pods", name, patience=PATIENCE_SECONDS)
         if found is None or found["metadata"]["uid"] != note.pod:
-            raise lost_unseen(launch.step_name, PodNews.from_dict(launch.news).pods.get(name))
+            seen = PodNews.from_dict(launch.news).pods.get(name)
+            if seen is not None and container_state(seen, STAGE)[1].get("exitCode"):
+                raise start_failure(launch.step_name, seen, spec, self._compute)
+            raise lost_unseen(launch.step_name, seen)
         return found
 
     def _find_survivor(self, step_run_id: str, note: PodNote) -> Mapping[str, Any] | None:

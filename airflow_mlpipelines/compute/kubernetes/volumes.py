@@ -25,7 +25,7 @@ from airflow_mlpipelines.exceptions import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from airflow_mlpipelines.compute.base import StepLaunch
+    from airflow_mlpipelines.compute.base import Stage, StepLaunch
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
     from airflow_mlpipelines.definition.graph import KubernetesComputeSpec
 
@@ -96,6 +96,15 @@ def hand_over(spec: PodSpec) -> None:
     for top in spec.written:
         for path in (top, *top.rglob("*")):
             os.chown(path, spec.uid, spec.gid, follow_symlinks=False)
+
+
+def works_with_stage(stage: Stage, spec: PodSpec) -> bool:
+    """Return whether some of the step's own directories on the worker are what its pod works with."""
+    if SHARED_WORK in spec.shared:
+        return True
+    used = [path for name, path in stage.inputs.items() if f"inputs/{name}" in spec.shared]
+    used += [stage.outputs_root] if SHARED_OUTPUTS in spec.shared else []
+    return any(path.is_relative_to(stage.root) for path in used)
 
 
 def has_helpers(pod: Mapping[str, Any]) -> bool:

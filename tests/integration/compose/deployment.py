@@ -69,10 +69,9 @@ class Deployment:
 
     def __post_init__(self) -> None:
         self.folder.chmod(0o755)
-        made = subprocess.run(
-            ["sh", ROOT / "compose" / "make-env.sh"], capture_output=True, text=True, check=True
-        )
-        secrets = dict(line.split("=", 1) for line in made.stdout.splitlines())
+        made = self.folder / "secrets"
+        subprocess.run(["sh", ROOT / "compose" / "make-env.sh", made], check=True)
+        secrets = dict(line.split("=", 1) for line in made.read_text().splitlines())
         own = {
             "PYTHON_VERSION": "3.11",  # Debian's, of which the stand-ins are made
             **{f"{name.upper()}_IMAGE": self.image(name) for name in _IMAGES},

@@ -27,10 +27,15 @@ class Account:
     name: str
 
     def may(self, resource: str, subresource: str, verb: str) -> bool:
-        """Return what the API server says to `kubectl auth can-i` in this account's name."""
+        """Return what the API server says to `kubectl auth can-i` in this account's name.
+
+        As there, a resource's API group comes after it: ``jobs.batch``.
+        """
+        kind, _, group = resource.partition(".")
         attributes = {
             "namespace": self.cluster.namespace,
-            "resource": resource,
+            "group": group,
+            "resource": kind,
             "subresource": subresource,
             "verb": verb,
         }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +19,6 @@ from airflow_mlpipelines.compute.kubernetes.gang_files import merge_node, stage_
 from airflow_mlpipelines.compute.kubernetes.watch import PodEnd
 from airflow_mlpipelines.compute.threads import in_parallel
 from airflow_mlpipelines.runtime.metrics import append_metric, read_metrics
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -99,6 +98,34 @@ def test_an_output_that_is_one_file_is_that_of_the_lowest_node(stage: Stage):
 
     assert merge_node(stage, 1) == ["model"]
     assert (stage.outputs_root / "model").read_text() == "of node 0"
+
+
+def test_links_that_a_program_has_made_lead_nowhere_on_the_worker(stage: Stage, tmp_path: Path):
+    worker = tmp_path / "worker"
+    worker.mkdir()
+    (worker / "airflow.cfg").write_text("secret")
+    own = stage_of_node(stage, 1)
+    (own.code / "outputs").symlink_to(worker)  # would be moved away from the worker
+    (stage.code / "logs").symlink_to(worker)  # would be written to
+    (own.code / "logs").mkdir()
+    (own.code / "logs" / "evil.py").write_text("")
+    (stage.run / "metrics.jsonl").symlink_to(worker / "airflow.cfg")
+    append_metric(own.run, "scalar", "loss", 1)
+
+    merge_node(stage, 1)
+
+    assert [file.name for file in worker.iterdir()] == ["airflow.cfg"]
+    assert (worker / "airflow.cfg").read_text() == "secret"
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system")
+def test_what_a_node_has_made_may_go_to_another_disk(stage: Stage):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        elsewhere = replace(stage, outputs_root=Path(other))
+        (stage_of_node(elsewhere, 1).outputs_root / "part").write_text("of node 1")
+
+        assert merge_node(elsewhere, 1) == []
+        assert Path(other, "part").read_text() == "of node 1"
 
 
 def test_lines_and_ends_of_all_nodes_arrive_in_one_thread():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tarfile
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,17 @@ from airflow_mlpipelines.compute.base import Carriage, CarriedOutput, Stage, Ste
 from airflow_mlpipelines.compute.kubernetes import lifetime, volumes
 from airflow_mlpipelines.compute.kubernetes.agent import add_agent, can_carry, staging_failure
 from airflow_mlpipelines.compute.kubernetes.archive import make_entries
-from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodWatch, Reason, judge
+from airflow_mlpipelines.compute.kubernetes.detaching import (
+    Awaited,
+    PodWatch,
+    Reason,
+    judge,
+    remember,
+)
 from airflow_mlpipelines.compute.kubernetes.failures import is_hopeless, start_failure
 from airflow_mlpipelines.compute.kubernetes.pod import plan_pod, secret_manifest
 from airflow_mlpipelines.compute.kubernetes.scripts import RECEIVE
-from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared
+from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared, works_with_stage
 from airflow_mlpipelines.definition.graph import KubernetesComputeSpec, ResourcesSpec
 from airflow_mlpipelines.exceptions import (
     ComputeUnavailableError,
@@ -306,6 +313,33 @@ def test_an_agent_that_takes_long_is_waited_for():
     assert judge(watch, {"p": pod}, hours_later) is None
     stage["state"] = {"terminated": {"exitCode": 0, "finishedAt": began.isoformat()}}
     assert judge(watch, {"p": pod}, hours_later) is Reason.UNSTARTED
+
+
+def test_what_the_agent_said_of_a_pod_that_is_gone_is_its_error(tmp_path: Path):
+    told = {"exitCode": 1, "reason": "Error", "message": '{"error": "the digest is another one"}'}
+    pod = {
+        "metadata": {"name": "p", "uid": "u"},
+        "status": {
+            "phase": "Failed",
+            "initContainerStatuses": [{"name": "stage", "state": {"terminated": told}}],
+        },
+    }
+    compute = KubernetesComputeSpec(name="cluster", image="train:1")
+    spec = plan_pod(make_launch(tmp_path), compute, image_name="train:1")
+
+    assert "the digest is another one" in str(start_failure("train", remember(pod), spec, compute))
+
+
+@pytest.mark.usefixtures("as_user")
+def test_directories_that_a_pod_works_with_are_known(tmp_path: Path):
+    launch = make_launch(tmp_path)
+    inputs, outputs = str(tmp_path / "data"), str(tmp_path / "outputs")
+    assert not works_with_stage(launch.stage, plan(launch))
+    for shared in (inputs, outputs, str(tmp_path)):
+        assert works_with_stage(launch.stage, plan(launch, shared_volumes={shared: "ml-data"}))
+    elsewhere = replace(launch.stage, root=tmp_path / "scratch")
+    data = plan(replace(launch, stage=elsewhere), shared_volumes={inputs: "ml-data"})
+    assert not works_with_stage(elsewhere, data)
 
 
 @pytest.mark.parametrize("message", [None, "", "Traceback", '{"other": 1}', "[]"])

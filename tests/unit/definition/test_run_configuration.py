@@ -63,8 +63,25 @@ def test_an_environment_comes_back_from_its_directory_and_from_a_run_configurati
         assert found.spec == environment.spec
 
 
+NODES = (1, 2, 3)
+PER_NODE = (1, 4)
+
+
 @pytest.mark.parametrize(
-    "distributed", [None, Mpi(2, 4), PyTorch(3, 2), PyTorch(), TensorFlow(3, 1), TensorFlow(1)]
+    "distributed",
+    [
+        None,
+        PyTorch(),
+        *(Mpi(nodes, each) for nodes in NODES for each in PER_NODE),
+        *(PyTorch(nodes, each) for nodes in NODES for each in PER_NODE),
+        *(
+            TensorFlow(nodes * each, servers, nodes=nodes)
+            for nodes in NODES
+            for each in PER_NODE
+            for servers in (0, 2)
+        ),
+    ],
+    ids=repr,
 )
 def test_a_run_configuration_comes_back_from_its_file(distributed: Any, tmp_path: Path) -> None:
     saved = RunConfiguration(
@@ -192,6 +209,11 @@ def test_what_means_nothing_here_is_told_by_its_name(tmp_path: Path) -> None:
             {"framework": "PyTorch", "communicator": "Gloo", "nodeCount": 2}
             | {"pytorch": {"processCount": 3}},
             "processCount is 3, which does not go evenly into nodeCount 2",
+        ),
+        (
+            {"framework": "TensorFlow", "communicator": "ParameterServer", "nodeCount": 3}
+            | {"tensorflow": {"workerCount": 2}},
+            "workerCount is 2, which does not go evenly into nodeCount 3",
         ),
         ({"environment": {"docker": {"baseImage": "x", "baseDockerfile": "FROM y"}}}, "leave one"),
         ({"environment": {"python": {"condaDependenciesFile": "no.yml"}}}, "'no.yml' is not there"),
