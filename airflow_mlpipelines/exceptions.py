@@ -62,7 +62,19 @@ class PipelineCheckError(DefinitionError):
 
 
 class DataError(MLPipelinesError):
-    """Data can't be read, resolved, committed or trusted."""
+    """Data can't be read, resolved, committed or trusted.
+
+    Attributes:
+        retryable: False if another try would certainly fail again in the same way.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = True) -> None:
+        self.retryable = retryable
+        super().__init__(message)
+
+    def at(self, where: str) -> DataError:
+        """Return the same error, with where it happened before its message."""
+        return DataError(f"{where}: {self}", retryable=self.retryable)
 
 
 class CacheError(MLPipelinesError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,10 @@ from airflow_mlpipelines.storage.kept import RUN_FILES, keep_files
 from airflow_mlpipelines.storage.placing import check_inside, make_writable, place_link
 from airflow_mlpipelines.storage.snapshots import unpack_snapshot
 from airflow_mlpipelines.storage.transfer import commit_output, fetch
-from airflow_mlpipelines.storage.uploads import upload_files
+from airflow_mlpipelines.storage.uploads import check_upload, upload_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from contextlib import ExitStack
     from pathlib import Path
 
@@ -145,7 +146,7 @@ def fill_stage(
                 held=fetched.held,
             )
         except DataError as error:
-            raise DataError(f"step {step.name!r}, input {item.name!r}: {error}") from error
+            raise error.at(f"step {step.name!r}, input {item.name!r}") from error
         if item.mode == "download" and not adopt:
             found = _own(found, target)
         paths[item.name] = found
@@ -187,7 +188,7 @@ def link_data(workplace: Workplace, step: StepSpec, paths: ProcessPaths) -> None
         try:
             place_link(workplace.stage.code, path_on_compute, target)
         except DataError as error:
-            raise DataError(f"step {step.name!r}, {port}: {error}") from error
+            raise error.at(f"step {step.name!r}, {port}") from error
 
 
 def _own(found: Path, target: Path) -> Path:
@@ -214,21 +215,20 @@ def commit_outputs(
 ) -> dict[str, Artifact]:
     """Return the step's outputs, digested and where they stay; those that the compute committed are among them.
 
-    What goes to places of others comes last.
+    What goes to places of others comes last, and is not begun before all of it could go there.
 
     Raises:
-        DataError: The program did not make an output, or made it of the wrong kind.
+        DataError: The program did not make an output, or made it of the wrong kind, or a place is taken.
     """
     carriage = workplace.carriage
     artifacts = {}
-    for output in sorted(step.outputs, key=lambda output: output.upload is not None):
+    for output in step.outputs:
+        if output.upload is not None:
+            continue
         if output.name in carriage.outputs:
             artifacts[output.name] = carriage.committed[output.name]
             continue
         source = workplace.stage.outputs[output.name]
-        if output.upload is not None:
-            artifacts[output.name] = _upload(step, output, stores, source, step_run_id)
-            continue
         try:
             artifacts[output.name] = commit_output(
                 stores[output.datastore],
@@ -240,31 +240,44 @@ def commit_outputs(
                 blobs=blobs,
             )
         except DataError as error:
-            raise DataError(f"step {step.name!r}, output {output.name!r}: {error}") from error
+            raise error.at(f"step {step.name!r}, output {output.name!r}") from error
+    artifacts.update(_upload_all(workplace, step, stores, step_run_id))
     return artifacts
 
 
-def _upload(
-    step: StepSpec, output: OutputSpec, stores: StoreSet, source: Path, step_run_id: str
-) -> Artifact:
-    """Send files to a place of others, and take them away from here."""
-    if output.upload is None or not source.is_dir():
-        raise DataError(
-            f"step {step.name!r}, upload {output.name!r}: the directory that the program was given is gone."
-        )
-    place = output.upload
-    try:
-        sent = upload_files(
-            stores[output.datastore],
-            place.path,
-            source,
-            overwrite=place.overwrite,
-            step_run=step_run_id,
-        )
-    except DataError as error:
-        raise DataError(f"step {step.name!r}, upload {output.name!r}: {error}") from error
-    shutil.rmtree(source, ignore_errors=True)
+def _upload_all(
+    workplace: Workplace, step: StepSpec, stores: StoreSet, step_run_id: str
+) -> dict[str, Artifact]:
+    """Send files to places of others, and take them away from here."""
+    places = [(output, place) for output in step.outputs if (place := output.upload) is not None]
+    sources = workplace.stage.outputs
+    if len(places) > 1:  # one alone is looked at when it is sent
+        for output, place in places:
+            with _naming_upload(step, output):
+                store = stores[output.datastore]
+                check_upload(store, place.path, sources[output.name], overwrite=place.overwrite)
+    sent = {}
+    for output, place in places:
+        source = sources[output.name]
+        with _naming_upload(step, output):
+            sent[output.name] = upload_files(
+                stores[output.datastore],
+                place.path,
+                source,
+                overwrite=place.overwrite,
+                step_run=step_run_id,
+            )
+        shutil.rmtree(source, ignore_errors=True)
     return sent
+
+
+@contextmanager
+def _naming_upload(step: StepSpec, output: OutputSpec) -> Iterator[None]:
+    """Let the errors inside name step and upload."""
+    try:
+        yield
+    except DataError as error:
+        raise error.at(f"step {step.name!r}, upload {output.name!r}") from error
 
 
 def keep_run_files(workplace: Workplace, stores: StoreSet) -> list[str]:

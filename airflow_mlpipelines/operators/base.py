@@ -106,7 +106,7 @@ class StepOperator(BaseOperator):
         except (StepFailedError, EnvironmentBuildError, DataError) as error:
             failure = {"state": "failed", "reason": str(error).partition("\n")[0]}
             context["ti"].xcom_push(key=STEP_RUN_KEY, value=failure)
-            if not isinstance(error, DataError) and not error.retryable:
+            if not error.retryable:
                 raise AirflowFailException(str(error)) from error
             raise
         outputs = self._push(context, result)

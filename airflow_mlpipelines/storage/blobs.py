@@ -96,7 +96,6 @@ class BlobCache:
                 # The two are apart: a lock can't be made a shared one without letting go of it.
                 with lock_file(self._lock_of(target), shared=False):
                     if not target.exists():
-                        self._make_room(size)
                         self._fetch(digest, size, fetch)
                         fetched = True
         finally:
@@ -111,8 +110,8 @@ class BlobCache:
             fetch: Fetches them.
             name: By what a fetch that broke off is known again; None if it shall not be.
         """
-        self._make_room(size)
         with self._room(name) as room:
+            self._make_room(size, own=room)
             made = room / "blob"
             found = fetch(made) or digest_tree(made).digest
             self.adopt(found, size, made)
@@ -129,7 +128,7 @@ class BlobCache:
         with lock_file(self._lock_of(target), shared=False, wait=False) as held:
             if not held or target.exists():
                 return
-            self._make_room(size)
+            self._make_room(size, own=made.parent)
             with suppress(OSError):  # of another user, or on another disk: it is only not kept
                 make_read_only(made)
                 self._publish(made, target, size)
@@ -166,6 +165,7 @@ class BlobCache:
 
     def _fetch(self, digest: str, size: int, fetch: Fetch) -> None:
         with self._room(digest) as room:
+            self._make_room(size, own=room)
             made = room / "blob"
             went_on = any(room.iterdir())
             found = self._fetch_checked(digest, made, fetch)
@@ -196,14 +196,21 @@ class BlobCache:
 
     # ---- the limit -------------------------------------------------------------------------
 
-    def _make_room(self, wanted: int) -> None:
-        """Throw away what was used longest ago, and nobody uses now, until ``wanted`` bytes fit in."""
+    def _make_room(self, wanted: int, *, own: Path | None = None) -> None:
+        """Throw away what was used longest ago, and nobody uses now, until ``wanted`` bytes fit in.
+
+        Args:
+            wanted: Bytes that are to come, or that have come and are to stay.
+            own: The room that its caller works in. What lies there is a share of ``wanted``: it neither
+                counts again nor goes.
+        """
         records = []
         for lock in self._directory.glob(f"??/*{_LOCK}"):
             with suppress(OSError, ValueError):  # thrown away, or being made
                 size = int(lock.read_text(encoding="ascii") or 0)
                 records.append((lock.stat().st_mtime_ns, size, lock))
-        broken = sorted((self._directory / _INCOMING).glob(f"{_BROKEN}*"), key=_last_used)
+        rooms = (self._directory / _INCOMING).glob(f"{_BROKEN}*")
+        broken = sorted((room for room in rooms if room != own), key=_last_used)
         total = sum(size for _, size, _ in records) + sum(map(_measure, broken))
         # What can never fit makes no room for itself: it would only empty the cache.
         room = self.limit - (wanted if wanted <= self.limit else 0)

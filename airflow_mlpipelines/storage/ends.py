@@ -6,16 +6,16 @@ import os
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.storage.listing import RemoteFile, list_remote
-from airflow_mlpipelines.storage.stores import PART_SUFFIX
+from airflow_mlpipelines.storage.stores import part_beside
 from airflow_mlpipelines.storage.trees import walk_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from airflow_mlpipelines.storage.stores import Store
 
@@ -122,7 +122,7 @@ class LocalEnd(End):
         del size
         target = self._file(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f"{target.name}{PART_SUFFIX}")
+        part = Path(part_beside(str(target)))
         try:
             with part.open("wb") as file:
                 yield file

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
+from uuid import uuid4
 
 from airflow_mlpipelines._naming import list_options, suggest
 from airflow_mlpipelines._protocols import find_protocol
@@ -27,8 +28,19 @@ if TYPE_CHECKING:
 _FILE_SCHEME = "file://"
 PART_SUFFIX = ".mlp-part"
 """Ends the name of a file that has not arrived whole yet."""
+_NAME_KEPT = 50
+"""Characters of a file's name in the name of its part: four bytes each at most, and names have 255 bytes."""
 _MAKERS_AT_ONCE = 3
 """Each process that makes the same directories at the same moment may make us fail once."""
+
+
+def part_beside(path: str) -> str:
+    """Return another name in the same directory for a file that has not arrived whole; each call's is its own.
+
+    So two that write the same file at once don't write into each other's.
+    """
+    directory, slash, name = path.rpartition("/")
+    return f"{directory}{slash}{name[:_NAME_KEPT]}.{uuid4().hex[:8]}{PART_SUFFIX}"
 
 
 def check_path(path: str) -> str:
@@ -211,11 +223,12 @@ class Store:
             yield target
             return
         self._make_directory(str(PurePosixPath(target).parent))
-        place = f"{target}{PART_SUFFIX}"
+        place = part_beside(target)
         try:
             yield place
             if filesystem.exists(target):
-                filesystem.rm_file(target)
+                with suppress(FileNotFoundError):  # another one that replaces it was quicker
+                    filesystem.rm_file(target)
             filesystem.mv(place, target)
         except BaseException:
             with suppress(Exception):  # the error that brought us here is the one to tell

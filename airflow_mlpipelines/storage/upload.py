@@ -58,7 +58,8 @@ def upload(
         path: A place on it.
         files: Where each file is on this machine, by its path below ``path``; ``""`` for a single file.
         alone: Whether the place is its caller's alone. Files there that are none of these, which an earlier try has
-            left, are deleted then.
+            left, are deleted then, and unfinished objects are gone on with. Elsewhere they may be somebody else's,
+            who is at it: a large file that broke off is sent anew.
 
     Raises:
         DataError: A file can't be sent, changes meanwhile, or did not arrive.
@@ -67,7 +68,7 @@ def upload(
         present = {file.path: file for file in list_remote(store, path)[0]}
         for name in sorted(present.keys() - files.keys()) if alone else ():
             store.filesystem.rm_file(store.remote_path(_join(path, name)))
-        digests = _Upload(store, path, present).run(files)
+        digests = _Upload(store, path, present, alone=alone).run(files)
     arrived = {file.path: file.size for file in list_remote(store, path)[0]}
     lost = sorted(name for name, file in files.items() if arrived.get(name) != file.stat().st_size)
     if lost or (alone and len(arrived) != len(files)):
@@ -77,7 +78,10 @@ def upload(
 
 
 def has_content(known: RemoteFile, file: Path) -> bool:
-    """Whether an object has the bytes of a file of this machine, as far as its store tells."""
+    """Whether a store tells by an MD5 that an object has the bytes of a file of this machine.
+
+    False does not say that it has others: not every store tells an MD5, nor of every object.
+    """
     size = file.stat().st_size
     etag = _plain_etag(known)
     if etag is None or known.size != size:
@@ -89,10 +93,14 @@ def has_content(known: RemoteFile, file: Path) -> bool:
 
 
 class _Upload:
-    def __init__(self, store: Store, path: str, present: Mapping[str, RemoteFile]) -> None:
+    def __init__(
+        self, store: Store, path: str, present: Mapping[str, RemoteFile], *, alone: bool
+    ) -> None:
         self._store = store
         self._path = path
         self._present = present
+        self._alone = alone
+        self._begun: list[_LargeFile] = []
         self._objects = find_objects(store)
         self._stop = threading.Event()
         self._digests: dict[str, bytes] = {}
@@ -101,10 +109,17 @@ class _Upload:
         largest = max(file.stat().st_size for file in files.values())
         part_size = _part_size(largest)
         unfinished: dict[str, list[str]] = {}
-        if self._objects is not None and largest > part_size:
+        if self._alone and self._objects is not None and largest > part_size:
             unfinished = _list_unfinished(self._store, self._store.remote_path(self._path))
         jobs = self._jobs(files, part_size, unfinished)
-        carry_all(jobs, threads=max(1, min(THREADS, THREADS * PART // part_size)), stop=self._stop)
+        threads = max(1, min(THREADS, THREADS * PART // part_size))
+        try:
+            carry_all(jobs, threads=threads, stop=self._stop)
+        except BaseException:
+            if not self._alone:  # nobody would know it again as ours
+                for sending in self._begun:
+                    sending.abandon()
+            raise
         return self._digests
 
     def _jobs(
@@ -126,6 +141,7 @@ class _Upload:
                 self._digests[name] = digest_file(os.fsencode(file))
                 continue
             sending.begin(unfinished.get(remote.partition("/")[2], ()))
+            self._begun.append(sending)
             for part in parts:
                 yield partial(self._send_part, name, sending, part)
 
@@ -174,6 +190,7 @@ class _LargeFile:
         self._sent: dict[int, _Sent] = {}
         self._begun: Sequence[str] = ()
         self._upload_id = ""
+        self._completed = False
 
     def is_there(self, known: RemoteFile) -> bool:
         """Whether an object is what this file would be, sent in these parts."""
@@ -193,6 +210,12 @@ class _LargeFile:
         kind = _guess_type(self._key)
         made = self._call("create_multipart_upload", **({"ContentType": kind} if kind else {}))
         self._upload_id = made["UploadId"]
+
+    def abandon(self) -> None:
+        """Let the server forget what was sent of it, unless it is there whole."""
+        if not self._completed:
+            with suppress(Exception):  # the error that brought us here is the one to tell
+                self._call("abort_multipart_upload", UploadId=self._upload_id)
 
     def _list_parts(self, upload_id: str) -> dict[int, _Sent]:
         found: dict[int, _Sent] = {}
@@ -232,6 +255,7 @@ class _LargeFile:
             UploadId=self._upload_id,
             MultipartUpload={"Parts": parts},
         )
+        self._completed = True
         for upload_id in self._begun:
             if upload_id != self._upload_id:
                 with suppress(Exception):  # the object is there; what is left over costs only room

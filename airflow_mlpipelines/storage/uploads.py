@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from airflow_mlpipelines._naming import list_options
 from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.storage.ends import CHUNK, open_end
 from airflow_mlpipelines.storage.listing import list_remote
-from airflow_mlpipelines.storage.stores import PART_SUFFIX
+from airflow_mlpipelines.storage.stores import part_beside
 from airflow_mlpipelines.storage.transfer import pin_external
 from airflow_mlpipelines.storage.trees import digest_file, walk_tree
 from airflow_mlpipelines.storage.upload import has_content, upload
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from airflow_mlpipelines.storage.artifact import Artifact
+    from airflow_mlpipelines.storage.listing import RemoteFile
     from airflow_mlpipelines.storage.stores import Store
 
 
@@ -42,29 +44,48 @@ def upload_files(
     Raises:
         DataError: There are no files, the place has files of these names, or they can't be sent.
     """
-    files = _list_files(source)
-    if not files:
-        raise DataError(
-            "no file was written to it, so there is nothing to upload. The program has to write files into "
-            "the directory that it is given."
-        )
-    if not overwrite:
-        taken = _find_taken(store, path, files)
-        if taken:
-            raise DataError(
-                f"{store.uri(path)} holds {list_options(taken)} already, with other content. Nothing was sent. "
-                "Choose another path_on_datastore, or say overwrite=True to replace them."
-            )
+    files = check_upload(store, path, source, overwrite=overwrite)
     if store.is_local:
         with store.translate_errors(path, "written"):
             for name, file in files.items():
                 _put(file, store.local_path(path) / name)
-    else:
+    elif files:
         upload(store, path, files, alone=False)
     found = pin_external(store, path, how="version")
     if found is None:
         raise DataError(f"did not arrive at {store.uri(path)}.")
     return replace(found, version=found.digest, step_run=step_run)
+
+
+def check_upload(store: Store, path: str, source: Path, *, overwrite: bool) -> dict[str, Path]:
+    """Return where each file to send is, by its path below the directory, if all of them may go to the place.
+
+    Without ``overwrite``, those that are there already, with the same bytes, are not among them.
+
+    Raises:
+        DataError: There are no files, or the place has files of these names with other bytes; these errors are
+            not retryable, as another run of the program would end in them too.
+    """
+    if not source.is_dir():
+        raise DataError("the directory that the program was given is gone.")
+    files = _list_files(source)
+    if not files:
+        raise DataError(
+            "no file was written to it, so there is nothing to upload. The program has to write files into "
+            "the directory that it is given.",
+            retryable=False,
+        )
+    if overwrite:
+        return files
+    there = _find_there(store, path, files)
+    taken = [name for name, is_same in there.items() if not is_same]
+    if taken:
+        raise DataError(
+            f"{store.uri(path)} holds {list_options(taken)} already, with other content. Nothing was sent. "
+            "Choose another path_on_datastore, or say overwrite=True to replace them.",
+            retryable=False,
+        )
+    return {name: file for name, file in files.items() if name not in there}
 
 
 def _list_files(source: Path) -> dict[str, Path]:
@@ -82,19 +103,47 @@ def _list_files(source: Path) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def _find_taken(store: Store, path: str, files: Mapping[str, Path]) -> list[str]:
-    """Return the names at the place that have other bytes than our files have."""
+def _find_there(store: Store, path: str, files: Mapping[str, Path]) -> dict[str, bool]:
+    """Return the names that are at the place, and whether they have the bytes of our files."""
     if store.is_local:
         root = store.local_path(path)
-        return [
-            name
+        return {
+            name: _is_same(file, root / name)
             for name, file in files.items()
-            if os.path.lexists(root / name) and not _is_same(file, root / name)
-        ]
+            if os.path.lexists(root / name)
+        }
     there = {file.path: file for file in list_remote(store, path)[0]}
-    return [
-        name for name, file in files.items() if name in there and not has_content(there[name], file)
-    ]
+    return {
+        name: _is_same_remote(file, store, path, there[name])
+        for name, file in files.items()
+        if name in there
+    }
+
+
+def _is_same_remote(ours: Path, store: Store, path: str, theirs: RemoteFile) -> bool:
+    if ours.stat().st_size != theirs.size:
+        return False
+    if has_content(theirs, ours):
+        return True
+    place = open_end(store, path)
+    with (
+        store.translate_errors(place.below(theirs.path), "read"),
+        place.read(theirs.path) as remote,
+        ours.open("rb") as local,
+    ):
+        while data := local.read(CHUNK):
+            if _read_whole(remote, len(data)) != data:
+                return False
+    return True
+
+
+def _read_whole(file: IO[bytes], size: int) -> bytes:
+    """Return so many bytes, or all that there are: some drivers' files give less at a time."""
+    pieces = []
+    while size > 0 and (piece := file.read(size)):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
 
 
 def _is_same(ours: Path, theirs: Path) -> bool:
@@ -106,7 +155,7 @@ def _is_same(ours: Path, theirs: Path) -> bool:
 def _put(file: Path, target: Path) -> None:
     """Copy a file to where it is visible when it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}{PART_SUFFIX}")
+    part = Path(part_beside(str(target)))
     try:
         shutil.copyfile(file, part)
         part.replace(target)

@@ -16,7 +16,10 @@ pytestmark = [pytest.mark.airflow, pytest.mark.usefixtures("airflow_db")]
 
 @pytest.fixture
 def project(tmp_path):
-    """Runs a pipeline of one step with a shell script, whose files are uploaded to ``lake/place``."""
+    """Runs a pipeline of one step with a shell script, whose files are uploaded to ``lake/place``.
+
+    What it writes to its second argument is uploaded to ``lake/second``.
+    """
 
     class Project:
         place = tmp_path / "lake" / "place"
@@ -28,15 +31,22 @@ def project(tmp_path):
             )
             return Workspace.from_config(tmp_path)
 
-        def run(self, script, *, outputs=(), **options):
+        second = tmp_path / "lake" / "second"
+
+        def run(self, script, *, outputs=(), retries=0, second=False, **options):
             ws = self.workspace()
             wanted = {"path_on_datastore": "place", "mode": "upload", **options}
             place = DataReference(ws.datastores["lake"], "place", **wanted)
+            places = [place]
+            if second:
+                places.append(DataReference(ws.datastores["lake"], "second", "second").as_upload())
             step = CommandStep(
-                ["sh", "-c", script, "sh", place],
+                ["sh", "-c", script, "sh", *places],
                 name="write",
-                inputs=[place],
+                inputs=places,
                 outputs=list(outputs),
+                retries=retries,
+                retry_delay=1,
             )
             name = f"uploads_{tmp_path.name}"
             return run_dag(Pipeline(ws, [step], name=name).to_dag())
@@ -111,6 +121,41 @@ def test_a_step_that_writes_nothing_there_is_told_so(project):
     failed = project.run("true")
 
     assert "upload 'place': no file was written to it" in failed.reasons["write"]
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [('echo ours > "$1/a.txt"', "holds ['a.txt'] already"), ("true", "no file was written to it")],
+)
+def test_the_program_is_not_run_again_for_an_upload_that_would_be_refused_again(
+    project, tmp_path, script, told
+):
+    project.place.mkdir(parents=True)
+    (project.place / "a.txt").write_text("theirs")
+    runs = tmp_path / "runs"
+
+    failed = project.run(f"echo run >> {runs}; {script}", retries=2)
+
+    assert failed.state == "failed"
+    assert told in failed.reasons["write"]
+    assert runs.read_text() == "run\n"
+
+
+def test_nothing_is_uploaded_to_any_place_when_one_of_them_is_taken(project):
+    project.second.mkdir(parents=True)
+    (project.second / "b.txt").write_text("theirs")
+    script = 'echo ours > "$1/a.txt"; echo ours > "$2/b.txt"'
+
+    failed = project.run(script, second=True)
+
+    assert "upload 'second'" in failed.reasons["write"]
+    assert "holds ['b.txt'] already, with other content" in failed.reasons["write"]
+    assert not project.place.exists()
+
+    (project.second / "b.txt").unlink()
+    assert project.run(script, second=True).state == "success"
+    assert project.files() == {"a.txt": "ours\n"}
+    assert (project.second / "b.txt").read_text() == "ours\n"
 
 
 def test_it_may_write_at_a_path_of_its_own_choice(project):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from airflow_mlpipelines.storage.parts import PART, THREADS
 from airflow_mlpipelines.storage.stores import StoreSet, open_store
 from airflow_mlpipelines.storage.transfer import commit_output, fetch, pin_external
 from airflow_mlpipelines.storage.trees import digest_tree
+from airflow_mlpipelines.storage.uploads import upload_files
 from tests.integration.breaking_proxy import BreakingProxy
 from tests.integration.versitygw_server import S3_KEYS, find_versitygw, run_versitygw
 from tests.parts import missing
@@ -282,3 +284,42 @@ def test_what_was_sent_whole_is_not_sent_again(store, proxy, large, many):
     assert commit_output(store, "run/out", many, step_run="r") == first
     assert proxy.up < 1_000_000
     assert Path(many / "model.bin").exists()
+
+
+# ---- to places of others -------------------------------------------------------------------------
+
+
+def test_what_another_one_is_sending_to_a_place_of_others_is_left_to_him(
+    store, proxy, bucket, tmp_path
+):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/model.bin").write_bytes(os.urandom(PART + 1))
+    place, key = {"Bucket": bucket.name}, {"Key": "team/place/model.bin"}
+    theirs = store.filesystem.call_s3("create_multipart_upload", **place, **key)["UploadId"]
+
+    upload_files(store, "place", tmp_path / "made", overwrite=False, step_run="r")
+
+    assert digest_tree(bucket / "team/place").digest == digest_tree(tmp_path / "made").digest
+    assert [upload["UploadId"] for upload in unfinished(store)] == [theirs]
+
+
+def test_an_upload_to_a_place_of_others_that_fails_leaves_nothing_there(
+    store, proxy, large, tmp_path
+):
+    (tmp_path / "made").mkdir()
+    file = large.rename(tmp_path / "made/model.bin")
+    proxy.heal()
+    proxy.limit("up", BREAK, then="hold")
+
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(
+            upload_files, store, "place", file.parent, overwrite=False, step_run="r"
+        )
+        assert proxy.reached.wait(120)
+        os.truncate(file, PART)
+        proxy.heal()
+        with pytest.raises(DataError):
+            sending.result(300)
+
+    assert not store.exists("place/model.bin")
+    assert unfinished(store) == []

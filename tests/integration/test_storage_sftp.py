@@ -19,6 +19,7 @@ from airflow_mlpipelines.storage.transfer import (
     pin_external,
 )
 from airflow_mlpipelines.storage.trees import digest_tree
+from airflow_mlpipelines.storage.uploads import upload_files
 from tests.parts import missing
 
 
@@ -78,6 +79,18 @@ def test_files_are_written_whole_and_replaced(store, server, tmp_path):
     assert list(server.root.rglob(f"*{PART_SUFFIX}")) == []
     assert pin_external(store, "deep", how="version").digest.startswith("version:")
     assert pin_external(store, "nothing") is None
+
+
+def test_files_that_a_first_try_has_uploaded_are_no_conflict_and_others_are(store, tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/model").write_bytes(b"x" * 10_000_000)
+    send = {"overwrite": False, "step_run": "r"}
+    first = upload_files(store, "place", tmp_path / "made", **send)
+
+    assert upload_files(store, "place", tmp_path / "made", **send) == first
+    (tmp_path / "made/model").write_bytes(b"y" * 10_000_000)
+    with pytest.raises(DataError, match=r"holds \['model'\] already"):
+        upload_files(store, "place", tmp_path / "made", **send)
 
 
 def test_a_private_key_and_the_servers_key_are_taken_from_the_connection(connect, server):

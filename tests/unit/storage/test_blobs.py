@@ -120,6 +120,48 @@ def unplug(made):
     raise OSError("unplugged")
 
 
+def break_off(made):
+    made.write_bytes(b"x" * 30 * KB)
+    (made.parent / "parts").write_text("what has come")
+    raise OSError("unplugged")
+
+
+def fetch_on(seen):
+    """Return what goes on with a fetch that broke off, and tells what it finds of it."""
+
+    def fetch(made):
+        seen.extend((member.name, member.stat().st_size) for member in made.parent.iterdir())
+        made.write_bytes(b"x" * 40 * KB)
+
+    return fetch
+
+
+@pytest.mark.parametrize("how", ["use", "add"])
+def test_a_fetch_that_broke_off_goes_on_though_it_and_the_whole_do_not_fit_in_together(
+    source, tmp_path, how
+):
+    digest, size, _ = source.make("x", 40 * KB)
+    other = source.make("o", 20 * KB)
+    seen = []
+
+    def bring(fetch):
+        blobs = BlobCache(tmp_path / "blobs", limit=64 * KB)
+        if how == "add":
+            blobs.add(size, fetch, name="s3://lake/model etag=1")
+        else:
+            use(blobs, (digest, size, fetch))
+        return blobs
+
+    use(BlobCache(tmp_path / "blobs", limit=64 * KB), other)
+    with pytest.raises(OSError, match="unplugged"):
+        bring(break_off)
+    blobs = bring(fetch_on(seen))
+
+    assert sorted(seen) == [("blob", 30 * KB), ("parts", len("what has come"))]
+    assert blobs.path_of(digest).stat().st_size == size
+    assert kept(blobs, other=other) == {"other"}, "what fits in beside it has gone for it"
+
+
 FETCH = """
     import sys, time
     from pathlib import Path
