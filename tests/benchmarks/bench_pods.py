@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 LIMIT = 1.25
 LONGEST = 1500
 DAGS = '''
-"""Many pods beside each other, for airflow."""
+"""Many pods beside each other, for airflow. The operators need tries: of 100 at once, three have failed."""
+from datetime import timedelta
+
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.sdk import DAG
 from airflow_mlpipelines import CommandStep, KubernetesCompute, Pipeline, Workspace
@@ -46,7 +48,8 @@ from airflow_mlpipelines import CommandStep, KubernetesCompute, Pipeline, Worksp
 def command(number):
     return ["sh", "-c", f"until wget -q -O /dev/null {GATE}/{number}; do sleep 3; done"]
 
-with DAG("pod_fan", schedule=None, max_active_tasks=PODS, default_args={"weight_rule": "absolute"}):
+patient = {"weight_rule": "absolute", "retries": 5, "retry_delay": timedelta(seconds=1)}
+with DAG("pod_fan", schedule=None, max_active_tasks=PODS, default_args=patient):
     for number in range(PODS):
         KubernetesPodOperator(
             task_id=f"step_{number}",
