@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.caching.index import MetadataIndex
 
-
+LEFT_SECONDS = 300.0
+"""How long the lease of a step that runs without a worker lasts while nobody is there to renew it: long enough for a
+triggerer to be started again."""
 _CLOCK_TOLERANCE = 1.0
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from airflow_mlpipelines.caching.lease import Held, Lease, Leases
+from airflow_mlpipelines.caching.lease import LEFT_SECONDS, Held, Lease, Leases
 from airflow_mlpipelines.exceptions import MLPipelinesError
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ class HeldLease:
         """Let it last beyond this worker, and return its JSON form for whoever renews it from now on."""
         self.stop_renewing()
         self.left = True
+        try:
+            if not self._leases.renew(self._lease, ttl=LEFT_SECONDS):
+                log.warning("The lease was lost: somebody else may be making the same outputs")
+        except MLPipelinesError as error:  # whoever renews it from now on begins at once
+            log.warning("The lease could not be renewed: %s", error)
         return asdict(self._lease)
 
     def release(self) -> None:

@@ -284,9 +284,18 @@ def _serve(place: Place, join: Any) -> None:
                 join(connection, message)
 
     def accept() -> None:
-        with suppress(OSError):
-            while True:
+        while server.fileno() >= 0:
+            try:
                 accepted, _ = server.accept()
+            except (
+                OSError
+            ):  # there are too many open files, say: others are to be heard once there are fewer
+                time.sleep(_RETRY_SECONDS)
+                continue
+            try:
                 threading.Thread(target=answer, args=(accepted,), daemon=True).start()
+            except RuntimeError:  # too many threads
+                accepted.close()
+                time.sleep(_RETRY_SECONDS)
 
     threading.Thread(target=accept, daemon=True).start()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 from asgiref.sync import sync_to_async
 
+from airflow_mlpipelines.triggers.leases import open_leases
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -37,7 +39,7 @@ class LeaseTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Yield one event, when the lease is free."""
-        leases = await sync_to_async(_open_leases)()
+        leases = await sync_to_async(open_leases)()
         await asyncio.sleep(_FIRST_LOOK_SECONDS)
         while True:
             held = await asyncio.to_thread(leases.find, self.fingerprint)
@@ -45,11 +47,3 @@ class LeaseTrigger(BaseTrigger):
                 yield TriggerEvent({"reason": "the lease is free"})
                 return
             await asyncio.sleep(self.poll_seconds)
-
-
-def _open_leases() -> Any:
-    from airflow_mlpipelines.caching.index import MetadataIndex
-    from airflow_mlpipelines.caching.lease import Leases
-    from airflow_mlpipelines.operators.connections import metadata_url
-
-    return Leases(MetadataIndex(metadata_url()))

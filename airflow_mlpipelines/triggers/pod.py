@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import uuid
 from contextlib import suppress
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
+from airflow_mlpipelines.triggers.leases import release_left, renew_left
 from airflow_mlpipelines.triggers.log_files import put_aside_earlier_lines
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 _FIRST_EVENT_SECONDS = 5.0
 """As in :mod:`airflow_mlpipelines.triggers.lease`: sooner, the scheduler would take the task for failed."""
 _RENEW_SECONDS = 60.0
-LEASE_SECONDS = 300.0
-"""How long the lease of a step that runs without a worker lasts while no triggerer is there to renew it."""
 _TAKEOVER_SECONDS = 30.0
 _ANSWER_SECONDS = 10.0
 """A triggerer's first question of this kind takes long: it loads an API server for it."""
@@ -87,8 +85,9 @@ class PodTrigger(BaseTrigger):
         """Remove the pod and give the lease back: somebody has stopped or cleared the task.
 
         Airflow calls this also where another triggerer has taken the trigger over: a task that is still
-        deferred gets half a minute, in which whoever goes on with the pod takes it over. And it cancels this, too, when it takes longer than a second or
-        so, by cancelling the trigger again: the removal goes on all the same.
+        deferred, as far as anybody can tell, gets half a minute, in which whoever goes on with the pod takes it
+        over. And it cancels this, too, when it takes longer than a second or so, by cancelling the trigger again:
+        the removal goes on all the same. A pod that can't be removed keeps its lease until that runs out.
         """
         removal = asyncio.create_task(self._end())
         _removals.add(removal)
@@ -101,9 +100,7 @@ class PodTrigger(BaseTrigger):
         from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch
         from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
-        asked = asyncio.create_task(self._is_still_deferred())
-        done, _ = await asyncio.wait([asked], timeout=_ANSWER_SECONDS)
-        if done and asked.result():
+        if await self._may_be_taken_over():
             await asyncio.sleep(_TAKEOVER_SECONDS)
         watch = PodWatch.from_dict(self.watch)
         for pause in _KILL_PAUSES:
@@ -116,8 +113,21 @@ class PodTrigger(BaseTrigger):
             else:
                 self.log.info("Removed pod %s", ", ".join(watch.pods))
                 break
+        else:
+            # Whatever still runs may yet make its outputs: the lease keeps others out for as long as it lasts.
+            self.log.error("Pod %s was not removed, and may still run", ", ".join(watch.pods))
+            return
         if self.lease is not None:
-            await asyncio.to_thread(_release, self.lease)
+            with suppress(Exception):  # it runs out by itself
+                await asyncio.to_thread(release_left, self.lease)
+
+    async def _may_be_taken_over(self) -> bool:
+        """Return whether the task is still deferred, or nobody can tell in time."""
+        try:
+            return await asyncio.wait_for(self._is_still_deferred(), _ANSWER_SECONDS)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the pod has to be looked after
+            self.log.warning("Whether the task is still deferred is not known: %r", error)
+            return True
 
     async def _is_still_deferred(self) -> bool:
         from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
@@ -145,7 +155,7 @@ class PodTrigger(BaseTrigger):
             return
         while True:
             try:
-                self.lease = await asyncio.to_thread(_renew, self.lease)
+                self.lease = await asyncio.to_thread(renew_left, self.lease)
             except Exception as error:  # noqa: BLE001 - whatever it is, the pod goes on
                 self.log.warning("The lease could not be renewed: %s", error)
             await asyncio.sleep(_RENEW_SECONDS)
@@ -155,29 +165,3 @@ def _emit(time: str, line: str) -> None:
     # A trigger that another triggerer goes on with begins anew. Its lines come with the same times again, and
     # whoever reads the log from all its files sees each of them once.
     _lines.info(line, timestamp=time)
-
-
-def _renew(lease: dict[str, str]) -> dict[str, str]:
-    """Return the lease, renewed; taken anew if it ran out while no triggerer was there, and nobody has it."""
-    from airflow_mlpipelines.caching.lease import Lease
-
-    leases, held = _open_leases(), Lease(**lease)
-    if leases.renew(held, ttl=LEASE_SECONDS) or leases.find(held.fingerprint) is not None:
-        return lease
-    again = leases.acquire(held.fingerprint, held.holder, ttl=LEASE_SECONDS)
-    return asdict(again) if isinstance(again, Lease) else lease
-
-
-def _release(lease: dict[str, str]) -> None:
-    from airflow_mlpipelines.caching.lease import Lease
-
-    with suppress(Exception):
-        _open_leases().release(Lease(**lease))
-
-
-def _open_leases() -> Any:
-    from airflow_mlpipelines.caching.index import MetadataIndex
-    from airflow_mlpipelines.caching.lease import Leases
-    from airflow_mlpipelines.operators.connections import metadata_url
-
-    return Leases(MetadataIndex(metadata_url()))

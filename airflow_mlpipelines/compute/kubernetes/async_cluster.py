@@ -51,6 +51,7 @@ class AsyncCluster:
         self._session: ClientSession | None = None
         self._options: dict[str, Any] = {}
         self._clock: tuple[datetime, float] | None = None
+        self._renewing = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         """Find the cluster and the credentials; nothing is asked of it yet.
@@ -58,7 +59,11 @@ class AsyncCluster:
         Raises:
             ComputeUnavailableError: There is no such connection or configuration on this machine.
         """
-        await self._connect()
+        from aiohttp import ClientSession, TCPConnector
+
+        await self._configure()
+        # One for good: it knows no credentials, so that others may use it while they are renewed.
+        self._session = ClientSession(connector=TCPConnector(limit=0))
         return self
 
     async def __aexit__(
@@ -149,7 +154,7 @@ class AsyncCluster:
 
     @property
     def _open_session(self) -> ClientSession:
-        if self._session is None:
+        if self._session is None or self._session.closed:
             raise ClusterError(UNREACHABLE, "not connected")
         return self._session
 
@@ -165,10 +170,13 @@ class AsyncCluster:
         body: Json | None,
         silence: float,
     ) -> ClientResponse:
+        known = self._configuration
         response = await self._send(method, path, query, body, silence)
         if response.status == UNAUTHORIZED:  # a token may have been renewed where it came from
             response.close()
-            await self._connect()
+            async with self._renewing:
+                if self._configuration is known:  # else somebody has read it anew meanwhile
+                    await self._configure()
             response = await self._send(method, path, query, body, silence)
         told = response.headers.get("Date")
         if told is not None:
@@ -203,15 +211,11 @@ class AsyncCluster:
                 **self._options,
             )
 
-    async def _connect(self) -> None:
-        from aiohttp import ClientSession, TCPConnector
-
-        if self._session is not None:
-            await self._session.close()
+    async def _configure(self) -> None:
+        """Find the cluster and the credentials; what others send meanwhile has those that were known before."""
         configuration = await asyncio.to_thread(configure, self._compute)
-        self._configuration = configuration
-        self._options = await asyncio.to_thread(_options, configuration)
-        self._session = ClientSession(connector=TCPConnector(limit=0))
+        options = await asyncio.to_thread(_options, configuration)
+        self._configuration, self._options = configuration, options
 
     def _headers(self) -> dict[str, str]:
         """Return the credentials. A token that changes is read anew by the client's own hook."""

@@ -20,7 +20,7 @@ from airflow_mlpipelines.compute.kubernetes.detaching import (
 )
 from airflow_mlpipelines.compute.kubernetes.lifetime import KILL_SECONDS, belongs_to
 from airflow_mlpipelines.compute.kubernetes.logs import StepLog
-from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, OWNER, STEP
+from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, OWNER, STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
@@ -37,6 +37,7 @@ _LOOK_SECONDS = 10.0
 _WATCH_SECONDS = 290
 _SILENCE_SECONDS = 150.0
 _LOG_END_SECONDS = 3.0
+_FIRST_CONTACT_SECONDS = (20.0, 60.0)
 _CONTACT_SECONDS = 3600.0
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 15.0
@@ -210,12 +211,13 @@ class PodAwaiter:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     async def _keep_contact(self, cluster: AsyncCluster) -> None:
-        """Let the pods' helpers know now and then that somebody will come for what the step makes."""
+        """Let the pods' helpers know now and then that somebody will come: with files, or for what the step makes."""
+        helper = STAGE if self._watch.awaits is Awaited.FILES else OUTPUTS_KEEPER
         while True:
-            await asyncio.sleep(random.uniform(20, 60))  # noqa: S311 - no two at once
+            await asyncio.sleep(random.uniform(*_FIRST_CONTACT_SECONDS))  # noqa: S311 - no two at once
             for name in self._watch.pods:
                 with suppress(ClusterError):
-                    await cluster.execute(name, OUTPUTS_KEEPER, ["touch", "control/contact"])
+                    await cluster.execute(name, helper, ["touch", "control/contact"])
             await asyncio.sleep(_CONTACT_SECONDS)
 
 

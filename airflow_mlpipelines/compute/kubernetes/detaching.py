@@ -1,7 +1,7 @@
 """Pods that are left to themselves: what a worker tells a trigger of them, and a trigger the next worker.
 
 Both are small JSON without secrets: Airflow keeps them in its database, and shows them in its log. They are written
-for the pods of one step run, of which there is one.
+for the pods of one step run: one, or, of a step on several nodes, one for each node.
 """
 
 from __future__ import annotations

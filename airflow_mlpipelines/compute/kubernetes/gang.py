@@ -36,13 +36,14 @@ from airflow_mlpipelines.compute.kubernetes.pod import (
     pod_name,
     secret_manifest,
 )
+from airflow_mlpipelines.compute.kubernetes.volumes import writes_in_place
 from airflow_mlpipelines.compute.kubernetes.watch import is_leaving
 from airflow_mlpipelines.compute.threads import in_parallel
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
 from airflow_mlpipelines.runtime.nodes import GANG, TOKEN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from airflow_mlpipelines.compute.base import StepLaunch
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
@@ -192,15 +193,30 @@ def create_belongings(cluster: Cluster, spec: GangSpec, job: Mapping[str, Any]) 
             cluster.ask("POST", kind, body=body)
 
 
-def list_pods(cluster: Cluster, step_run_id: str) -> Pods:
+def list_pods(cluster: Cluster, step_run_id: str, *, patience: float | None = None) -> Pods:
     """Return the pods of a step run's nodes, by node.
 
+    Args:
+        cluster: The cluster.
+        step_run_id: Whose they are.
+        patience: Seconds that the API server may be away; None where that is an error at once.
+
     Raises:
-        ClusterError: The API server refuses, or does not answer.
+        ClusterError: The API server refuses, or, without ``patience``, does not answer.
+        ClusterLostError: It was away for longer than that.
     """
     selector = f"{STEP_RUN_LABEL}={label_value(step_run_id)},{INDEX}"
-    found: Pods = cluster.ask("GET", "pods", query={"labelSelector": selector})["items"]
-    return sorted(found, key=node_of)
+    deadline = time.monotonic() + (patience or 0.0)
+    while True:
+        try:
+            found: Pods = cluster.ask("GET", "pods", query={"labelSelector": selector})["items"]
+            return sorted(found, key=node_of)
+        except ClusterError as error:
+            if patience is None or not error.may_pass:
+                raise
+            if time.monotonic() > deadline:
+                raise ClusterLostError(str(error)) from error
+        time.sleep(_PAUSE)
 
 
 def node_of(pod: Mapping[str, Any]) -> int:
@@ -222,12 +238,16 @@ def find_gang(
     Raises:
         ClusterError: The API server refuses.
         ClusterLostError: It does not answer.
+        ComputeUnavailableError: Something stays.
     """
     name = pod_name(step_run_id)
     job, _ = cluster.find_patiently("jobs", name, patience=PATIENCE_SECONDS)
+    pods = list_pods(cluster, step_run_id, patience=PATIENCE_SECONDS)
+    if job is None and pods:
+        # Of a node that does not answer: it outlives its Job, and would be counted among the next one's pods.
+        remove_gang(cluster, step_run_id)
     if job is None or not is_of(job, step_run_id):
         return None
-    pods = list_pods(cluster, step_run_id)
     uid = job["metadata"]["uid"]
     is_whole = [node_of(pod) for pod in pods] == list(range(job["spec"]["completions"]))
     if (
@@ -264,20 +284,43 @@ def discard_gang(cluster: Cluster, step_run_id: str, *, seconds: int = KILL_SECO
 
 
 def remove_gang(cluster: Cluster, step_run_id: str) -> None:
-    """Delete all of a gang, and wait until it is gone; of a node that does not answer, it is forced.
+    """Delete all of a gang, and wait until it is gone.
+
+    Pods whose node does not answer are taken out of the cluster's books after a minute, as a single one is by
+    :func:`~airflow_mlpipelines.compute.kubernetes.lifetime.remove_pod`: not if they have a volume that others have
+    as well.
 
     Raises:
         ClusterError: The cluster does not answer.
         ComputeUnavailableError: Something stays.
     """
-    for seconds, patience in ((KILL_SECONDS, _REMOVAL_SECONDS), (0, _FORCED_REMOVAL_SECONDS)):
-        discard_gang(cluster, step_run_id, seconds=seconds)
-        if await_gang_removal(cluster, step_run_id, seconds=patience):
-            return
-    raise ComputeUnavailableError(
-        f"The pods of Job {pod_name(step_run_id)!r} in namespace {cluster.namespace!r} can't be removed; a "
-        "finalizer may hold them."
-    )
+    discard_gang(cluster, step_run_id)
+    if await_gang_removal(cluster, step_run_id, seconds=_REMOVAL_SECONDS):
+        return
+    force_gang(cluster, step_run_id)
+    if not await_gang_removal(cluster, step_run_id, seconds=_FORCED_REMOVAL_SECONDS):
+        raise ComputeUnavailableError(
+            f"The pods of Job {pod_name(step_run_id)!r} in namespace {cluster.namespace!r} can't be removed; a "
+            "finalizer may hold them."
+        )
+
+
+def force_gang(cluster: Cluster, step_run_id: str) -> None:
+    """Take what is left of a gang, which has been told to go, out of the cluster's books, without waiting for it.
+
+    Raises:
+        ClusterError: The cluster does not answer.
+        ComputeUnavailableError: One of its pods may still write to a shared volume.
+    """
+    writing = [pod for pod in list_pods(cluster, step_run_id) if writes_in_place(pod)]
+    if writing:
+        names = ", ".join(repr(pod["metadata"]["name"]) for pod in writing)
+        raise ComputeUnavailableError(
+            f"Of Job {pod_name(step_run_id)!r} in namespace {cluster.namespace!r} these pods do not end, and may still "
+            f"write to a shared volume: {names}. Do their nodes answer? If a node is lost, remove it from the "
+            "cluster (kubectl delete node)."
+        )
+    discard_gang(cluster, step_run_id, seconds=0)
 
 
 def await_gang_removal(cluster: Cluster, step_run_id: str, *, seconds: float) -> bool:
@@ -292,21 +335,6 @@ def await_gang_removal(cluster: Cluster, step_run_id: str, *, seconds: float) ->
             pass
         time.sleep(_POLL_SECONDS)
     return False
-
-
-def explain_missing_pods(cluster: Cluster, job: Mapping[str, Any]) -> str:
-    """Return why the Job has not all of its pods, as far as the cluster tells."""
-    if job["spec"].get("suspend"):
-        queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
-        return f"it waits in queue {queue!r}" if queue else "it is suspended"
-    try:
-        selector = f"involvedObject.uid={job['metadata']['uid']},type=Warning"
-        events: Sequence[Mapping[str, Any]] = cluster.ask(
-            "GET", "events", query={"fieldSelector": selector}
-        )["items"]
-    except ClusterError:  # it need not be allowed
-        events = ()
-    return str(events[-1].get("message")) if events else "the cluster says nothing"
 
 
 def watch_gang(

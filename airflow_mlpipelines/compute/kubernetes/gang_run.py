@@ -23,6 +23,7 @@ from airflow_mlpipelines.compute.kubernetes.gang import (
     create_gang,
     discard_gang,
     find_gang,
+    force_gang,
     remove_gang,
     watch_gang,
 )
@@ -33,7 +34,6 @@ from airflow_mlpipelines.compute.kubernetes.gang_start import (
     await_pods,
 )
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
-    KILL_SECONDS,
     belongs_to,
     has_files,
     take_over,
@@ -305,17 +305,20 @@ class GangAttendant:
             self._positions[name] = follower.to_dict()
 
     def _await_all(self, logs: GangLogs[PodEnd]) -> None:
-        """Hand on the logs until all nodes have ended; where one has failed, none outlives it for long."""
+        """Hand on the logs until all nodes have ended; where one has failed, none outlives it for long.
+
+        Raises:
+            ComputeUnavailableError: One does not answer, and may still write to a shared volume.
+        """
         deadline: float | None = None
-        grace = KILL_SECONDS
+        end_gang: Callable[[Cluster, str], None] = discard_gang
         while len(logs.ends) < self._spec.nodes:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ended = logs.follow(left)
             if ended is None:
                 with suppress(ClusterError):
-                    own = self._cluster.again()
-                    discard_gang(own, self._launch.step_run_id, seconds=grace)
-                grace = 0  # next time, of a node that does not answer
+                    end_gang(self._cluster.again(), self._launch.step_run_id)
+                end_gang = force_gang  # next time, of a node that does not answer
                 deadline = time.monotonic() + _FORCE_SECONDS
             elif deadline is None and _code(ended[1]) != 0 and not self._left:
                 deadline = time.monotonic() + _FOLLOW_SECONDS

@@ -7,18 +7,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines._units import show_duration
-from airflow_mlpipelines.compute.kubernetes.cluster import (
-    PATIENCE_SECONDS,
-    ClusterError,
-    ClusterLostError,
-)
+from airflow_mlpipelines.compute.kubernetes.cluster import PATIENCE_SECONDS, ClusterError
 from airflow_mlpipelines.compute.kubernetes.detaching import Reason
 from airflow_mlpipelines.compute.kubernetes.failures import (
     is_hopeless,
     start_failure,
     timeout_failure,
 )
-from airflow_mlpipelines.compute.kubernetes.gang import explain_missing_pods, list_pods, node_of
+from airflow_mlpipelines.compute.kubernetes.gang import list_pods, node_of
+from airflow_mlpipelines.compute.kubernetes.pod import QUEUE_LABEL
 from airflow_mlpipelines.compute.kubernetes.watch import (
     StartTimeoutError,
     find_condition,
@@ -27,7 +24,7 @@ from airflow_mlpipelines.compute.kubernetes.watch import (
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.gang import GangSpec, Pods
@@ -79,7 +76,7 @@ def await_pods(
     placed_at: float | None = None
     pause = _PAUSE
     while True:
-        pods = _look(cluster, spec)
+        pods = list_pods(cluster, spec.pod.step_run_id, patience=PATIENCE_SECONDS)
         now = time.monotonic()
         whole = len(pods) == spec.nodes
         if is_stopped() or (whole and all(done(pod) for pod in pods)):
@@ -114,21 +111,14 @@ def at_node(error: MLPipelinesError, pod: Mapping[str, Any], spec: GangSpec) -> 
     return ComputeUnavailableError(f"{where}: {error}")
 
 
-def _look(cluster: Cluster, spec: GangSpec) -> Pods:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return list_pods(cluster, spec.pod.step_run_id)
-        except ClusterError as error:
-            if not error.may_pass:
-                raise
-            if time.monotonic() > deadline:
-                raise ClusterLostError(str(error)) from error
-        time.sleep(_LONGEST_PAUSE)
-
-
 def _no_place(cluster: Cluster, step: str, spec: GangSpec, pods: Pods) -> ComputeUnavailableError:
     compute = cluster.compute
+    if len(pods) > spec.nodes:  # somebody has made them, or kept an earlier one
+        names = ", ".join(str(pod["metadata"]["name"]) for pod in pods)
+        return ComputeUnavailableError(
+            f"step {step!r}: it needs {spec.nodes} nodes, and namespace {cluster.namespace!r} has {len(pods)} pods with "
+            f"its labels, so that it can't begin: {names}. Delete those that are not of Job {spec.name!r}."
+        )
     placed = {node_of(pod) for pod in pods if pod["spec"].get("nodeName")}
     missing = [str(node) for node in range(spec.nodes) if node not in placed]
     waiting = next((pod for pod in pods if node_of(pod) not in placed), None)
@@ -136,10 +126,25 @@ def _no_place(cluster: Cluster, step: str, spec: GangSpec, pods: Pods) -> Comput
         said = find_condition(waiting, "PodScheduled").get("message", "the scheduler says nothing")
     else:
         job = cluster.find("jobs", spec.name)
-        said = "its Job is gone" if job is None else explain_missing_pods(cluster, job)
+        said = "its Job is gone" if job is None else _explain_missing_pods(cluster, job)
     return ComputeUnavailableError(
         f"step {step!r}: it needs {spec.nodes} nodes together, and of these {', '.join(missing)} got no place on "
         f"compute {compute.name!r} within {show_duration(compute.schedule_timeout_seconds)} "
         f"(schedule_timeout_seconds): {str(said)[:_SHOWN]}. What the others held was given back. Ask for less (nodes, "
         "cpus, memory, gpus), or wait longer for free nodes."
     )
+
+
+def _explain_missing_pods(cluster: Cluster, job: Mapping[str, Any]) -> str:
+    """Return why the Job has not all of its pods, as far as the cluster tells."""
+    if job["spec"].get("suspend"):
+        queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
+        return f"it waits in queue {queue!r}" if queue else "it is suspended"
+    try:
+        selector = f"involvedObject.uid={job['metadata']['uid']},type=Warning"
+        events: Sequence[Mapping[str, Any]] = cluster.ask(
+            "GET", "events", query={"fieldSelector": selector}
+        )["items"]
+    except ClusterError:  # it need not be allowed
+        events = ()
+    return str(events[-1].get("message")) if events else "the cluster says nothing"

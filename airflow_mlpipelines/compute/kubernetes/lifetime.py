@@ -104,9 +104,9 @@ def discard(cluster: Cluster, spec: PodSpec, pod: Mapping[str, Any], *, seconds:
 def remove_pod(cluster: Cluster, pod: Mapping[str, Any]) -> None:
     """Delete the pod, and wait until it is gone.
 
-    One whose node does not answer is taken out of the cluster's books after a minute: whatever still runs there
-    can reach nothing of the step, whose data go through a worker only. Not so if it has a volume that others have
-    as well.
+    One whose node does not answer is taken out of the cluster's books after a minute: whatever still runs there makes
+    nothing that counts, as a worker has to fetch it, or to ask the pod's agent to commit it. Not so if it has a
+    volume that others have as well.
 
     Raises:
         ClusterError: The cluster does not answer.

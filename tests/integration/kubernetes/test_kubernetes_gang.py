@@ -7,15 +7,19 @@ import json
 import shutil
 import subprocess
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from airflow_mlpipelines.compute.base import DetachedError, RelaunchError
+from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
+from airflow_mlpipelines.compute.kubernetes import gang as gangs
 from airflow_mlpipelines.compute.kubernetes import launcher
 from airflow_mlpipelines.compute.kubernetes.awaiting import PodAwaiter, remove_pods
 from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch
-from airflow_mlpipelines.compute.kubernetes.gang import plan_gang
+from airflow_mlpipelines.compute.kubernetes.gang import INDEX, plan_gang
+from airflow_mlpipelines.compute.kubernetes.pod import label_value, pod_name
 from airflow_mlpipelines.definition.graph import ResourcesSpec
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 from airflow_mlpipelines.runtime.metrics import read_metrics
@@ -29,7 +33,7 @@ from tests.gangs import (
     make_mpi_image,
 )
 from tests.integration.kubernetes.steps import make_api, wait_until
-from tests.integration.kubernetes.test_kubernetes_launcher import MEBIBYTE, PodStep
+from tests.integration.kubernetes.test_kubernetes_launcher import IMAGE, MEBIBYTE, PodStep
 from tests.parts import missing
 from tests.unit.compute.launcher_contract import Running
 from tests.unit.runtime.test_gang import ALL_REDUCE, MPI_REDUCE
@@ -217,6 +221,46 @@ def test_a_retry_adopts_all_pods_of_a_lost_worker(gang: Gang) -> None:
         own = [line for line in lines if line.startswith(f"[rank {rank}]")]
         assert own == [f"[rank {rank}] line {i}" for i in range(40)]
     gang.assert_nothing_left()
+
+
+def leave_on_lost_node(gang: Gang, *volumes: dict[str, Any]) -> str:
+    """Leave a pod of an earlier Job, which is gone, where no kubelet answers; return its name."""
+    name = f"{pod_name(gang.name)}-0-{uuid.uuid4().hex[:5]}"
+    labels = {STEP_RUN_LABEL: label_value(gang.name), INDEX: "0"}
+    container = {"name": "step", "image": IMAGE}
+    spec = {"nodeName": "lost", "containers": [container], "volumes": list(volumes)}
+    pod = {"metadata": {"name": name, "labels": labels}, "spec": spec}
+    api = make_api(gang.kubeconfig)
+    api.create_namespaced_pod(gang.namespace, pod)
+    api.delete_namespaced_pod(name, gang.namespace, grace_period_seconds=2)
+    return name
+
+
+def test_a_retry_does_not_count_a_pod_that_its_lost_node_keeps(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gangs, "_REMOVAL_SECONDS", 3.0)
+    left = leave_on_lost_node(gang)
+    assert [pod.metadata.name for pod in gang.look.pods()] == [left]
+
+    lines = gang.run_gang("print('ran')", gang.launcher(schedule_timeout_seconds=40))
+
+    assert {"[rank 0] ran", "[rank 1] ran"} <= set(lines)
+    gang.assert_nothing_left()
+
+
+def test_no_retry_starts_beside_a_pod_that_may_still_write_to_a_shared_volume(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gangs, "_REMOVAL_SECONDS", 3.0)
+    claim = {"name": "data", "persistentVolumeClaim": {"claimName": "ml-data"}}
+    left = leave_on_lost_node(gang, claim)
+
+    with pytest.raises(ComputeUnavailableError, match=rf"'{left}'.*kubectl delete node"):
+        gang.run_gang("print('ran')")
+
+    assert [pod.metadata.name for pod in gang.look.pods()] == [left]
+    assert gang.others() == []
 
 
 def wait_without_worker(watch: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

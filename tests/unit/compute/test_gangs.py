@@ -7,6 +7,7 @@ import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,10 +15,15 @@ from airflow_mlpipelines.compute.base import Stage
 from airflow_mlpipelines.compute.docker import gang_run as docker_gang
 from airflow_mlpipelines.compute.docker.watch import ContainerEnd
 from airflow_mlpipelines.compute.gang_logs import GangLogs
+from airflow_mlpipelines.compute.kubernetes import gang
 from airflow_mlpipelines.compute.kubernetes import gang_run as pod_gang
+from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
+from airflow_mlpipelines.compute.kubernetes.gang import INDEX
 from airflow_mlpipelines.compute.kubernetes.gang_files import merge_node, stage_of_node
+from airflow_mlpipelines.compute.kubernetes.gang_start import await_pods
 from airflow_mlpipelines.compute.kubernetes.watch import PodEnd
 from airflow_mlpipelines.compute.threads import in_parallel
+from airflow_mlpipelines.exceptions import ComputeUnavailableError
 from airflow_mlpipelines.runtime.metrics import append_metric, read_metrics
 
 
@@ -174,3 +180,88 @@ def test_all_calls_are_made_though_one_fails():
     with pytest.raises(ValueError, match="one"):
         in_parallel(call, [0, 1, 2])
     assert sorted(done) == [0, 2]
+
+
+def test_pods_that_are_too_many_are_named_and_not_said_to_lack_a_place():
+    names = ["mlp-1-0-aaaaa", "mlp-1-0-bbbbb", "mlp-1-1-ccccc"]
+    pods = [
+        {
+            "metadata": {"name": name, "labels": {INDEX: name.split("-")[2]}},
+            "spec": {"nodeName": "one"},
+        }
+        for name in names
+    ]
+    compute = SimpleNamespace(name="cluster", schedule_timeout_seconds=0.0)
+    cluster = SimpleNamespace(
+        compute=compute, namespace="ml", ask=lambda *_words, **_options: {"items": pods}
+    )
+    spec = SimpleNamespace(nodes=2, name="mlp-1", pod=SimpleNamespace(step_run_id="a step run"))
+
+    with pytest.raises(ComputeUnavailableError) as failed:
+        await_pods(cluster, "train", spec, lambda _pod: False, is_stopped=lambda: False)
+
+    assert "step 'train': it needs 2 nodes, and namespace 'ml' has 3 pods" in str(failed.value)
+    assert all(name in str(failed.value) for name in names)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_node_that_does_not_answer_is_forced_only_if_it_can_write_nowhere(shares):
+    volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": "ml-data"}}]
+    pod = {
+        "metadata": {"name": "mlp-1-1-aaaaa", "labels": {INDEX: "1"}},
+        "spec": {"volumes": volumes if shares else []},
+    }
+    graces = []
+
+    class Lost:
+        namespace = "ml"
+
+        def again(self):
+            return self
+
+        def ask(self, *_words, **_options):
+            return {"items": [pod]}
+
+        def delete(self, kind, _name, *, seconds):
+            if kind == "pods":
+                graces.append(seconds)
+
+    class Logs:
+        def __init__(self):
+            self.ends = {}
+
+        def follow(self, _seconds):
+            if not self.ends:
+                self.ends = {0: PodEnd({"metadata": {}}, {"exitCode": 1})}
+                return 0, self.ends[0]
+            if 0 in graces:
+                self.ends[1] = PodEnd({"metadata": {}}, None, gone=True)
+                return 1, self.ends[1]
+            return None
+
+    launch = SimpleNamespace(step_run_id="a step run", news=None)
+    spec = SimpleNamespace(nodes=2)
+    attendant = pod_gang.GangAttendant(Lost(), launch, spec, token="t", note=None, stops=None)
+    if shares:
+        with pytest.raises(ComputeUnavailableError, match=r"'mlp-1-1-aaaaa'.*kubectl delete node"):
+            attendant._await_all(Logs())
+        assert graces == [2]
+    else:
+        attendant._await_all(Logs())
+        assert graces == [2, 0]
+
+
+def test_an_api_server_that_is_away_for_a_moment_loses_no_gang(monkeypatch):
+    answers = [ClusterError(503, "away"), {"items": []}]
+
+    def ask(*_words, **_options):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(gang, "_PAUSE", 0.01)
+    assert gang.list_pods(SimpleNamespace(ask=ask), "a step run", patience=10) == []
+    answers = [ClusterError(503, "away")]
+    with pytest.raises(ClusterError):
+        gang.list_pods(SimpleNamespace(ask=ask), "a step run")

@@ -12,8 +12,9 @@ import yaml
 from aiohttp import web
 
 from airflow_mlpipelines.compute.kubernetes import awaiting
+from airflow_mlpipelines.compute.kubernetes.async_cluster import AsyncCluster
 from airflow_mlpipelines.compute.kubernetes.awaiting import PodAwaiter, remove_pods
-from airflow_mlpipelines.compute.kubernetes.detaching import PodNews, Reason
+from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews, Reason
 from tests.unit.compute.test_kubernetes_deferral import WATCH, make_pod
 
 if TYPE_CHECKING:
@@ -30,23 +31,27 @@ class ApiServer:
 
     Attributes:
         watches: What each watch tells, one after the other; the last one stays open.
+        watch_seconds: How long the others stay open after what they tell.
         refusals: The statuses of the first answers.
         token: Who may ask.
     """
 
     def __init__(self, kubeconfig: Path) -> None:
         self.kubeconfig = kubeconfig
+        self.stage: dict[str, Any] = ENDED
         self.step: dict[str, Any] = RUNNING
         self.watches: list[list[dict[str, Any]]] = []
         self.refusals: list[int] = []
+        self.watch_seconds = 0.0
         self.token = "first"
         self.on_refusal: Callable[[], None] = lambda: None
         self.asked: list[str] = []
         self.deleted: list[str] = []
+        self.contacted: set[str] = set()
         self.owner = ""
 
     def pod(self) -> dict[str, Any]:
-        pod = make_pod(stage=ENDED, step=self.step)
+        pod = make_pod(stage=self.stage, step=self.step)
         pod["metadata"]["annotations"] = {"airflow-mlpipelines.owner": self.owner}
         return pod
 
@@ -79,6 +84,9 @@ class ApiServer:
             body = json.loads(await request.text())
             self.owner = body["metadata"]["annotations"]["airflow-mlpipelines.owner"]
             return web.json_response({})
+        if request.path.endswith("/exec"):
+            self.contacted.add(request.query["container"])
+            return web.json_response({"message": "no container runs"}, status=400)
         if request.path.endswith("/log"):
             return web.Response(body=b"")
         if "watch" in request.query:
@@ -94,6 +102,7 @@ class ApiServer:
             await response.write(json.dumps(change).encode() + b"\n")
         if changes is None:
             await asyncio.sleep(60)
+        await asyncio.sleep(self.watch_seconds)
         return response
 
 
@@ -170,6 +179,29 @@ def test_a_token_that_was_renewed_is_read_anew(server: ApiServer) -> None:
     assert wait(server).reason is Reason.ENDED
 
 
+def test_a_renewed_token_breaks_nothing_that_goes_on_beside_it(server: ApiServer) -> None:
+    watch = replace(WATCH, conn_id=None, in_cluster=False)
+    began = asyncio.Event()
+
+    async def follow(cluster: AsyncCluster) -> bytes:
+        async with cluster.open("pods", query={"watch": "true"}, silence=20) as pieces:
+            began.set()
+            return b"".join([piece async for piece in pieces])
+
+    async def work() -> tuple[list[Any], bytes]:
+        async with AsyncCluster(watch.access) as cluster:
+            following = asyncio.create_task(follow(cluster))
+            await began.wait()
+            server.token, server.on_refusal = "second", server.renew
+            answers = [cluster.ask("GET", "pods") for _ in range(20)]
+            return await asyncio.gather(*answers), await following
+
+    server.watches, server.watch_seconds = [[change("MODIFIED", ENDED)]], 2.0
+    answers, followed = asyncio.run(serve(server, work()))
+    assert len(answers) == 20
+    assert b"MODIFIED" in followed
+
+
 def test_a_token_that_stays_expired_calls_for_a_worker(
     server: ApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +220,22 @@ def test_a_triggerer_without_a_way_to_the_cluster_calls_for_a_worker(
     news = asyncio.run(PodAwaiter(watch, print).wait())
     assert news.reason is Reason.UNSEEN
     assert "no way to its Kubernetes cluster" in news.message
+
+
+@pytest.mark.parametrize(("awaits", "helper"), [("files", "stage"), ("end", "outputs")])
+def test_the_helper_that_runs_hears_that_somebody_will_come(
+    server: ApiServer, monkeypatch: pytest.MonkeyPatch, awaits: str, helper: str
+) -> None:
+    monkeypatch.setattr(awaiting, "_FIRST_CONTACT_SECONDS", (0.0, 0.0))
+    server.stage = {"waiting": {}} if awaits == "files" else ENDED
+    came = make_pod(stage=RUNNING if awaits == "files" else ENDED, step=ENDED)
+    server.watches = [[], [{"type": "MODIFIED", "object": came}]]
+    server.watch_seconds = 1.0
+    watch = replace(WATCH, conn_id=None, in_cluster=False, awaits=Awaited(awaits))
+    watch = replace(watch, startup_seconds=1e9)
+    news = asyncio.run(serve(server, PodAwaiter(watch, print, token="mine").wait()))
+    assert news.reason in (Reason.READY, Reason.ENDED)
+    assert server.contacted == {helper}
 
 
 def test_only_who_owns_a_pod_removes_it(server: ApiServer) -> None:

@@ -299,6 +299,24 @@ def test_a_node_ends_with_another_that(tmp_path: Path, how: str):
     assert lines[-1] == f"node 0 (127.0.0.1) ends, because of {said}"
 
 
+def test_a_node_that_had_too_many_open_files_hears_the_others_again(tmp_path: Path):
+    gang, port = start_node(tmp_path, 60)
+    connect(port).close()  # until it listens
+    node = psutil.Process(gang.pid)
+    before = node.rlimit(psutil.RLIMIT_NOFILE)
+    node.rlimit(psutil.RLIMIT_NOFILE, (3, before[1]))
+    with socket.create_connection(("127.0.0.1", port)):
+        time.sleep(0.5)
+        node.rlimit(psutil.RLIMIT_NOFILE, before)
+        other = connect(port)
+        other.send(kind="join", node=1, offer={"ports": []})
+        assert other.receive()["kind"] == "start"
+    other.send(kind="done")
+    assert other.receive()["kind"] == "end"
+    code, lines = finish(gang)
+    assert (code, lines[-1]) == (0, "[rank 0] began as 0 of 2")
+
+
 def test_who_lacks_the_token_can_neither_join_nor_start_a_command(tmp_path: Path):
     gang, port = start_node(tmp_path, 60)
     connect(port).close()  # until it listens
