@@ -251,6 +251,9 @@ def _upload_all(
     """Send files to places of others, and take them away from here."""
     places = [(output, place) for output in step.outputs if (place := output.upload) is not None]
     sources = workplace.stage.outputs
+    for output, _ in places:
+        with _naming_upload(step, output):
+            check_inside(sources[output.name], workplace.stage.outputs_root)
     if len(places) > 1:  # one alone is looked at when it is sent
         for output, place in places:
             with _naming_upload(step, output):

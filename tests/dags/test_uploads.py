@@ -117,6 +117,16 @@ def test_nothing_is_uploaded_when_the_step_fails_or_an_output_is_missing(project
     assert not project.place.exists()
 
 
+def test_a_directory_that_became_a_link_out_is_not_uploaded(project, tmp_path):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("of somebody else")
+
+    run = project.run(f'rmdir "$1" && ln -s {tmp_path}/private "$1"')
+
+    assert run.state == "failed"
+    assert project.files() == {}
+
+
 def test_a_step_that_writes_nothing_there_is_told_so(project):
     failed = project.run("true")
 
