@@ -74,7 +74,11 @@ class DataError(MLPipelinesError):
 
     def at(self, where: str) -> DataError:
         """Return the same error, with where it happened before its message."""
-        return DataError(f"{where}: {self}", retryable=self.retryable)
+        return type(self)(f"{where}: {self}", retryable=self.retryable)
+
+
+class StoreError(DataError):
+    """A datastore can't be reached, refuses, or has lost what it was sent; whoever made the data is not to blame."""
 
 
 class CacheError(MLPipelinesError):

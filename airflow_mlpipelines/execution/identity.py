@@ -37,6 +37,11 @@ class TaskIdentity:
         return f"{self.dag_id}/{self.run_id}/{self.task_id}[{self.map_index}]#{self.attempt}"
 
     @property
+    def has_tries_left(self) -> bool:
+        """Whether Airflow tries again if this try fails."""
+        return self.try_number <= self.attempt
+
+    @property
     def labels(self) -> dict[str, str]:
         """The labels of whatever is launched for it."""
         return {

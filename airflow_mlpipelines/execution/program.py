@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlpipelines import settings
 from airflow_mlpipelines.caching.decision import MissReason
 from airflow_mlpipelines.compute.base import (
     DetachedError,
@@ -18,8 +19,10 @@ from airflow_mlpipelines.exceptions import (
     DataError,
     EnvironmentBuildError,
     StepFailedError,
+    StoreError,
 )
 from airflow_mlpipelines.execution.carrying import leave_to_compute
+from airflow_mlpipelines.execution.finished import FinishedProgram, remove_old
 from airflow_mlpipelines.execution.staging import (
     FetchedData,
     commit_outputs,
@@ -58,19 +61,35 @@ class StepProgram:
         services: Services,
         news: Mapping[str, Any] | None = None,
     ) -> None:
+        """Prepare; nothing is touched yet.
+
+        Args:
+            step: The step.
+            graph: The pipeline that it belongs to.
+            identity: The task instance that this is.
+            plan: What the run's first task found.
+            inputs: What each input holds in this run; None for external data that is not there.
+            services: What the step needs of the world.
+            news: What was found out meanwhile about a program that went on without a worker.
+        """
         self._step = step
         self._graph = graph
         self._identity = identity
         self._plan = plan
         self._inputs = inputs
         self._services = services
+        self._fingerprint: str | None = None
         self._news = news
 
-    def run(self, held: ExitStack) -> tuple[dict[str, Artifact], dict[str, Any]]:
+    def run(
+        self, held: ExitStack, *, fingerprint: str | None = None
+    ) -> tuple[dict[str, Artifact], dict[str, Any]]:
         """Run the program; return what it made, committed, and the metrics that it logged.
 
         Args:
             held: Keeps what the step uses of this machine's blobs until it is closed.
+            fingerprint: The step's, by which a later try knows this program again; None where nothing may be
+                remembered.
 
         Raises:
             DetachedError: The program goes on without this worker.
@@ -79,13 +98,25 @@ class StepProgram:
             EnvironmentBuildError: Its environment can't be had.
             DataError: An input can't be had, or an output was not made.
         """
-        step, services = self._step, self._services
-        launcher = services.launcher
-        launcher.check_resources(step.name, step.resources)
-        adopt = launcher.recover(self._identity.step_run_id, services.handle)
+        step, services, identity = self._step, self._services, self._identity
+        self._fingerprint = fingerprint
+        workplace = locate_workplace(
+            step,
+            services.stores,
+            step_run_id=identity.step_run_id,
+            directory=identity.directory(self._graph.name, step.id),
+        )
+        remove_old(settings.work_directory())
+        if fingerprint is not None:
+            noted = FinishedProgram.find(workplace.stage.root, fingerprint)
+            if noted is not None:
+                services.emit("The program has ended well in an earlier try: what it made is sent")
+                return self._commit(workplace, noted)
+        services.launcher.check_resources(step.name, step.resources)
+        adopt = services.launcher.recover(identity.step_run_id, services.handle)
         while True:
             try:
-                return self._run_once(held, adopt=adopt)
+                return self._commit(*self._run_once(workplace, held, adopt=adopt))
             except RelaunchError as error:
                 services.emit(str(error))
                 time.sleep(error.pause)
@@ -96,9 +127,10 @@ class StepProgram:
         return self._step.distributed.nodes if self._step.distributed is not None else 1
 
     def _run_once(
-        self, held: ExitStack, *, adopt: bool
-    ) -> tuple[dict[str, Artifact], dict[str, Any]]:
-        step, services, identity = self._step, self._services, self._identity
+        self, workplace: Workplace, held: ExitStack, *, adopt: bool
+    ) -> tuple[Workplace, FinishedProgram]:
+        """Run the program to its end; return where it has worked, with the note of its end."""
+        step, services = self._step, self._services
         # What runs already, and is not on this machine, needs nothing of what could be away by now.
         is_elsewhere = adopt and services.launcher.carries_files
         environment = ResolvedEnvironment(description={})
@@ -106,12 +138,6 @@ class StepProgram:
             environment = services.launcher.prepare_environment(
                 step.environment, self._resolve_environment(), emit=services.emit
             )
-        workplace = locate_workplace(
-            step,
-            services.stores,
-            step_run_id=identity.step_run_id,
-            directory=identity.directory(self._graph.name, step.id),
-        )
         snapshot = self._plan.snapshots.get(step.id)
         workplace = leave_to_compute(
             workplace,
@@ -134,14 +160,6 @@ class StepProgram:
         )
         try:
             metrics = self._launch(workplace, environment, adopt=adopt)
-            outputs = commit_outputs(
-                workplace,
-                step,
-                services.stores,
-                step_run_id=identity.step_run_id,
-                cache=services.cache,
-                blobs=services.blobs,
-            )
         except DetachedError:
             if services.launcher.carries_files:  # else the program works in these very directories
                 workplace.remove()
@@ -150,8 +168,47 @@ class StepProgram:
             workplace.remove()
             raise
         # Any other error may leave a program alive that the next try adopts, with these directories.
+        finished = FinishedProgram(
+            workplace.stage.root,
+            self._fingerprint or "",
+            metrics,
+            committed=dict(workplace.carriage.committed),
+        )
+        finished.write()
+        return workplace, finished
+
+    def _commit(
+        self, workplace: Workplace, finished: FinishedProgram
+    ) -> tuple[dict[str, Artifact], dict[str, Any]]:
+        """Return what the program has made, once it is where it stays, and the metrics that it logged.
+
+        Where a store is away, all of it stays on this machine for the next try, if there is one.
+        """
+        services, identity = self._services, self._identity
+        try:
+            keep_run_files(workplace, services.stores)
+            outputs = commit_outputs(
+                workplace,
+                self._step,
+                services.stores,
+                step_run_id=identity.step_run_id,
+                cache=services.cache,
+                blobs=services.blobs,
+                note=finished,
+            )
+        except StoreError:
+            if self._fingerprint is None or not identity.has_tries_left:
+                workplace.remove()
+            else:
+                services.emit(
+                    "What the program has made stays on this worker, for the next try to send"
+                )
+            raise
+        except DataError:
+            workplace.remove()
+            raise
         workplace.remove()
-        return outputs, metrics
+        return outputs, finished.metrics
 
     def _resolve_environment(self) -> ResolvedEnvironment:
         """Return the environment that the plan names, also if a tag has moved since, where that can be had."""
@@ -239,16 +296,17 @@ class StepProgram:
             detach=services.may_detach,
             news=self._news,
         )
-        may_be_alive = False
         try:
             services.launcher.run(launch, emit=services.emit, handle=services.handle)
-            return read_metrics(workplace.stage.run)
         except (DetachedError, ComputeUnavailableError):
-            may_be_alive = True
-            raise
-        finally:
-            if not may_be_alive:  # else it may be writing to what would be taken away
+            raise  # it may be alive, and writing to what would be taken away
+        except BaseException:
+            try:
                 keep_run_files(workplace, services.stores)
+            except (DataError, OSError) as error:  # why the program failed matters more
+                services.emit(f"Its ./outputs and ./logs can't be kept: {error}")
+            raise
+        return read_metrics(workplace.stage.run)
 
 
 def _carries_nothing(_store: Store) -> bool:

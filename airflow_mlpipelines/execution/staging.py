@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.compute.base import ProcessPaths
     from airflow_mlpipelines.definition.graph import OutputSpec, StepSpec
+    from airflow_mlpipelines.execution.finished import FinishedProgram
     from airflow_mlpipelines.storage.artifact import Artifact
     from airflow_mlpipelines.storage.blobs import BlobCache
     from airflow_mlpipelines.storage.stat_cache import StatCache
@@ -212,21 +213,29 @@ def commit_outputs(
     step_run_id: str,
     cache: StatCache | None,
     blobs: BlobCache,
+    note: FinishedProgram | None,
 ) -> dict[str, Artifact]:
     """Return the step's outputs, digested and where they stay; those that the compute committed are among them.
 
     What goes to places of others comes last, and is not begun before all of it could go there.
 
+    Args:
+        workplace: What the program has made.
+        step: The step.
+        stores: The registered datastores.
+        step_run_id: The id of the step run.
+        cache: Digests of local files that were read before.
+        blobs: Where what is sent is kept, for the steps that read it on this machine.
+        note: Knows what an earlier try has sent, and is told what this one has.
+
     Raises:
+        StoreError: An output can't be sent. It is still there to be sent by a later try.
         DataError: The program did not make an output, or made it of the wrong kind, or a place is taken.
     """
     carriage = workplace.carriage
-    artifacts = {}
+    artifacts = {**carriage.committed, **(note.committed if note is not None else {})}
     for output in step.outputs:
-        if output.upload is not None:
-            continue
-        if output.name in carriage.outputs:
-            artifacts[output.name] = carriage.committed[output.name]
+        if output.upload is not None or output.name in artifacts:
             continue
         source = workplace.stage.outputs[output.name]
         try:
@@ -241,6 +250,8 @@ def commit_outputs(
             )
         except DataError as error:
             raise error.at(f"step {step.name!r}, output {output.name!r}") from error
+        if note is not None:
+            note.add(output.name, artifacts[output.name])
     artifacts.update(_upload_all(workplace, step, stores, step_run_id))
     return artifacts
 
@@ -248,7 +259,7 @@ def commit_outputs(
 def _upload_all(
     workplace: Workplace, step: StepSpec, stores: StoreSet, step_run_id: str
 ) -> dict[str, Artifact]:
-    """Send files to places of others, and take them away from here."""
+    """Send files to places of others, and take them away from here once all are there."""
     places = [(output, place) for output in step.outputs if (place := output.upload) is not None]
     sources = workplace.stage.outputs
     for output, _ in places:
@@ -270,7 +281,8 @@ def _upload_all(
                 overwrite=place.overwrite,
                 step_run=step_run_id,
             )
-        shutil.rmtree(source, ignore_errors=True)
+    for output, _ in places:
+        shutil.rmtree(sources[output.name], ignore_errors=True)
     return sent
 
 

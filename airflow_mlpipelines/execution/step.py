@@ -329,7 +329,7 @@ class StepRunner:
             self._services.emit(f"Step {self._step.name!r} runs: {reason}")
         try:
             with ExitStack() as held:
-                outputs, metrics = self._make_outputs(held)
+                outputs, metrics = self._make_outputs(fingerprint, held)
         except DetachedError as error:
             left = lease.leave() if lease is not None else None
             began_at = time.time() - (time.monotonic() - started)
@@ -345,7 +345,9 @@ class StepRunner:
             made_now=True,
         )
 
-    def _make_outputs(self, held: ExitStack) -> tuple[dict[str, Artifact], dict[str, Any]]:
+    def _make_outputs(
+        self, fingerprint: Fingerprint | None, held: ExitStack
+    ) -> tuple[dict[str, Artifact], dict[str, Any]]:
         """Run the program; return what it made, committed, and the metrics that it logged."""
         program = StepProgram(
             self._step,
@@ -356,7 +358,8 @@ class StepRunner:
             services=self._services,
             news=self._resumption.news if self._resumption is not None else None,
         )
-        return program.run(held)
+        digest = fingerprint.digest if fingerprint is not None else None
+        return program.run(held, fingerprint=digest)
 
     def _remember(self, fingerprint: Fingerprint, result: StepResult) -> None:
         self._services.index.put_entry(

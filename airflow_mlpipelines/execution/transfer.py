@@ -18,6 +18,7 @@ from airflow_mlpipelines.storage.transfer import pin_external
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
+    from airflow_mlpipelines.caching.fingerprint import Fingerprint
     from airflow_mlpipelines.storage.ends import End
 
 _TYPES = {"dir": "directory", "file": "file", "object": "file"}
@@ -34,9 +35,11 @@ class TransferRunner(StepRunner):
         """Stop at the next piece of data; what has arrived whole stays, for the next try."""
         self._stop.set()
 
-    def _make_outputs(self, held: ExitStack) -> tuple[dict[str, Artifact], dict[str, Any]]:
+    def _make_outputs(
+        self, fingerprint: Fingerprint | None, held: ExitStack
+    ) -> tuple[dict[str, Artifact], dict[str, Any]]:
         """Move the data; return what has arrived, and no metrics."""
-        del held
+        del fingerprint, held
         step, stores = self._step, self._services.stores
         output = step.outputs[0]
         artifact = self._find_source()
@@ -57,9 +60,9 @@ class TransferRunner(StepRunner):
         try:
             arrived = transfer.run()
         except DataError as error:
-            raise DataError(
+            raise error.at(
                 f"step {step.name!r}: the transfer from datastore {source.store.name!r} ({source.uri}) to "
-                f"datastore {target.store.name!r} ({target.uri}) failed: {error}"
+                f"datastore {target.store.name!r} ({target.uri}) failed"
             ) from error
         made = Artifact(
             target.uri,

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from airflow_mlpipelines._naming import list_options, suggest
 from airflow_mlpipelines._protocols import find_protocol
-from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.exceptions import DataError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -154,7 +154,7 @@ class Store:
         try:
             self.filesystem.info(bucket)
         except FileNotFoundError:
-            raise DataError(
+            raise StoreError(
                 f"datastore {self.name!r}: the bucket {bucket!r} of {self.url} is not there. "
                 "Correct its url in the workspace file, or make the bucket."
             ) from None
@@ -170,7 +170,7 @@ class Store:
             what: What is done to it, as in "can't be read".
 
         Raises:
-            DataError: The driver raised something.
+            StoreError: The driver raised something.
         """
         # Drivers raise what their client libraries have: botocore's errors are no OSErrors.
         expected = OSError if self.is_local else Exception
@@ -182,7 +182,7 @@ class Store:
             hint = ""
             if isinstance(error, PermissionError) and not self.is_local:
                 hint = " Check the credentials in its Airflow connection, and what they allow."
-            raise DataError(
+            raise StoreError(
                 f"datastore {self.name!r}: {self.uri(path)} can't be {what}: "
                 f"{str(error).rstrip('.') or type(error).__name__}.{hint}"
             ) from error

@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.exceptions import DataError, StoreError
 from airflow_mlpipelines.storage.listing import list_remote
 from airflow_mlpipelines.storage.parts import (
     PART,
@@ -73,7 +73,7 @@ def upload(
     lost = sorted(name for name, file in files.items() if arrived.get(name) != file.stat().st_size)
     if lost or (alone and len(arrived) != len(files)):
         said = f": {lost[0]!r} is not there under its name" if lost and lost[0] else ""
-        raise DataError(f"did not arrive whole at {store.uri(path)}{said}.")
+        raise StoreError(f"did not arrive whole at {store.uri(path)}{said}.")
     return digests
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from airflow_mlpipelines._naming import list_options
-from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.exceptions import DataError, StoreError
 from airflow_mlpipelines.storage.ends import CHUNK, open_end
 from airflow_mlpipelines.storage.listing import list_remote
 from airflow_mlpipelines.storage.stores import part_beside
@@ -53,7 +53,7 @@ def upload_files(
         upload(store, path, files, alone=False)
     found = pin_external(store, path, how="version")
     if found is None:
-        raise DataError(f"did not arrive at {store.uri(path)}.")
+        raise StoreError(f"did not arrive at {store.uri(path)}.")
     return replace(found, version=found.digest, step_run=step_run)
 
 
