@@ -176,16 +176,18 @@ def test_a_source_that_is_not_what_the_run_found_is_an_error(job):
         artifact = pin_external(job.source, "raw", how=pin)
         put(job.source, "raw/a.txt", b"HELLO" if pin == "content" else b"Hello")
 
-        with pytest.raises(DataError, match="was changed after this run had looked it up"):
+        with pytest.raises(DataError, match="was changed after this run had looked it up") as no:
             job.run(artifact=artifact)
+        assert no.value.retryable == (pin == "content")
 
 
 def test_files_that_the_source_lacks_are_deleted_only_if_asked_for(job, monkeypatch):
     put(job.target, "copy/mine.txt", b"mine")
     sent = job.count_sent(monkeypatch)
 
-    with pytest.raises(DataError, match=r"1 files that the source lacks, such as 'mine.txt'"):
+    with pytest.raises(DataError, match=r"1 files that the source lacks, such as 'mine.txt'") as no:
         job.run()
+    assert not no.value.retryable
     assert sent == []
     assert job.there() == {"mine.txt": b"mine"}
 
@@ -196,8 +198,9 @@ def test_files_that_the_source_lacks_are_deleted_only_if_asked_for(job, monkeypa
 def test_a_directory_does_not_go_where_a_file_is(job):
     put(job.target, "copy", b"a file")
 
-    with pytest.raises(DataError, match="is a file already, and the source is a directory"):
+    with pytest.raises(DataError, match="is a file already, and the source is a directory") as no:
         job.run()
+    assert not no.value.retryable
 
 
 def test_links_and_empty_directories_go_to_directories_and_nowhere_else(tmp_path):
@@ -210,8 +213,9 @@ def test_links_and_empty_directories_go_to_directories_and_nowhere_else(tmp_path
     done = jobs["file"].run()
     assert done.digest == digest_tree(jobs["file"].target.local_path("copy")).digest
     assert done.files == 5
-    with pytest.raises(DataError, match="the symbolic link 'link', which datastore 'to'"):
+    with pytest.raises(DataError, match="the symbolic link 'link', which datastore 'to'") as no:
         jobs["memory"].run()
+    assert not no.value.retryable
 
 
 def test_it_says_how_far_it_is(job, monkeypatch):
