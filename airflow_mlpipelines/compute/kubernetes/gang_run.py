@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import DetachedError
 from airflow_mlpipelines.compute.gang_logs import GangLogs
-from airflow_mlpipelines.compute.kubernetes.attending import TAIL_LINES, choose_stay
 from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError, ClusterLostError
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews
 from airflow_mlpipelines.compute.kubernetes.failures import end_failure, lost_unseen
+from airflow_mlpipelines.compute.kubernetes.following import TAIL_LINES, choose_stay
 from airflow_mlpipelines.compute.kubernetes.gang import (
     await_gang_removal,
     create_belongings,
@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from airflow_mlpipelines.compute.base import Emit, StepLaunch
-    from airflow_mlpipelines.compute.kubernetes.attending import Stops
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
+    from airflow_mlpipelines.compute.kubernetes.following import Stops
     from airflow_mlpipelines.compute.kubernetes.gang import GangSpec, Pods
     from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
 

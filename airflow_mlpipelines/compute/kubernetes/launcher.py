@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_mlpipelines.compute.base import Launcher
 from airflow_mlpipelines.compute.container_layout import container_paths
 from airflow_mlpipelines.compute.kubernetes.agent import add_agent, can_carry
-from airflow_mlpipelines.compute.kubernetes.attending import TAIL_LINES, PodAttendant, Stops
+from airflow_mlpipelines.compute.kubernetes.attending import PodAttendant
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     PATIENCE_SECONDS,
     UNREACHABLE,
@@ -27,6 +27,7 @@ from airflow_mlpipelines.compute.kubernetes.failures import (
     refusal,
     start_failure,
 )
+from airflow_mlpipelines.compute.kubernetes.following import TAIL_LINES, Stops
 from airflow_mlpipelines.compute.kubernetes.gang import (
     discard_gang,
     find_gang,
