@@ -36,6 +36,7 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
 )
 from airflow_mlpipelines.compute.kubernetes.logs import read_tail
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
+from airflow_mlpipelines.compute.kubernetes.removal import patience_after
 from airflow_mlpipelines.compute.kubernetes.transfer import collect, deliver
 from airflow_mlpipelines.compute.kubernetes.volumes import (
     hand_over,
@@ -102,7 +103,10 @@ class PodAttendant:
         self._tail: tuple[str, ...] = ()
 
     def run(self, pod: Mapping[str, Any] | None, emit: Emit) -> PodEnd:
-        """Return how the step ended; what it made is on the worker then, and the pod is removed.
+        """Return how the step ended; what it made is on the worker then.
+
+        The pod of a step that has ended well is kept, with the note of it, until :meth:`~airflow_mlpipelines.compute.base.Launcher.release`, unless it has
+        written to a shared volume: only what can't change any more is digested. Any other pod is removed.
 
         Args:
             pod: The pod of an earlier worker to go on with; None makes one.
@@ -177,9 +181,9 @@ class PodAttendant:
                 self._deliver(uid)
         except DetachedError:
             raise
-        except BaseException:
+        except BaseException as error:
             with suppress(ClusterError):
-                discard(cluster, spec, pod, seconds=KILL_SECONDS)
+                discard(cluster, spec, pod, seconds=KILL_SECONDS, patience=patience_after(error))
             self._note.set(None)
             raise
 
@@ -225,15 +229,17 @@ class PodAttendant:
                 own = cluster.again()
                 found = own.find("pods", spec.name)
                 if found is not None and belongs_to(found, self._token):
-                    discard(own, spec, pod, seconds=KILL_SECONDS)
+                    patience = patience_after(error)
+                    discard(own, spec, pod, seconds=KILL_SECONDS, patience=patience)
                 if not isinstance(error, StepFailedError | ComputeUnavailableError):
                     self._await_removal(own, pod, _INTERRUPTED_SECONDS)
             self._note.set(None)
             raise
         finally:
             over.set()
-        self._remove(pod)
-        self._note.set(None)
+        if not self._has_succeeded(end) or spec.written:
+            self._remove(pod)
+            self._note.set(None)
         return end
 
     def _remove(self, pod: Mapping[str, Any]) -> None:
@@ -242,8 +248,10 @@ class PodAttendant:
         Raises:
             ComputeUnavailableError: It does not go, and could still write to a volume.
         """
-        with suppress(ClusterError):  # what is left, the next try removes
+        try:
             discard(self._cluster, self._spec, pod, seconds=1)
+        except ClusterError as error:  # what is left is removed by the next try, or by release()
+            log.warning("Pod %s can't be removed: %s", self._spec.name, error)
         if self._stops:
             self._await_removal(self._cluster, pod, _GONE_SECONDS)
         elif writes_in_place(pod):
@@ -251,9 +259,12 @@ class PodAttendant:
             remove_pod(self._cluster, pod)
             look_again(self._launch.stage.outputs_root)
 
+    def _has_succeeded(self, end: PodEnd) -> bool:
+        return end.step is not None and end.step.get("exitCode") == 0 and not self._stops
+
     def _fetch(self, end: PodEnd, emit: Emit) -> None:
         """Have what the step has made committed, or bring it to the worker."""
-        succeeded = end.step is not None and end.step.get("exitCode") == 0 and not self._stops
+        succeeded = self._has_succeeded(end)
         spec = self._spec
         if self._news is not None and not succeeded:  # a trigger has handed on the lines before
             self._tail = read_tail(self._cluster, spec.name, lines=TAIL_LINES)
