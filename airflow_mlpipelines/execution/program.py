@@ -159,25 +159,26 @@ class StepProgram:
         )
         # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
         link = self._compute.type == "docker"
-        workplace = fill_stage(
-            workplace,
-            step,
-            services.stores,
-            snapshot=snapshot,
-            inputs=self._inputs,
-            fetched=None if is_elsewhere else FetchedData(services.blobs, held, link=link),
-            adopt=adopt,
-        )
         try:
-            metrics = self._launch(workplace, environment, adopt=adopt)
-        except DetachedError:
-            if services.launcher.carries_files:  # else the program works in these very directories
+            workplace = fill_stage(
+                workplace,
+                step,
+                services.stores,
+                snapshot=snapshot,
+                inputs=self._inputs,
+                fetched=None if is_elsewhere else FetchedData(services.blobs, held, link=link),
+                adopt=adopt,
+            )
+        except BaseException:
+            if is_elsewhere or not adopt:  # else the program works in these very directories
                 workplace.remove()
             raise
-        except (StepFailedError, DataError, RelaunchError):
-            workplace.remove()
+        try:
+            metrics = self._launch(workplace, environment, adopt=adopt)
+        except BaseException as error:
+            if services.launcher.carries_files or self._is_over(error):
+                workplace.remove()
             raise
-        # Any other error may leave a program alive that the next try adopts, with these directories.
         finished = FinishedProgram(
             workplace.stage.root,
             self._fingerprint or "",
@@ -186,6 +187,17 @@ class StepProgram:
         )
         finished.write()
         return workplace, finished
+
+    def _is_over(self, error: BaseException) -> bool:
+        """Return whether nothing of the program runs on, in the directories that a next try adopts with it."""
+        if isinstance(error, StepFailedError | DataError | RelaunchError):
+            return True
+        if not isinstance(error, ComputeUnavailableError):
+            return False
+        try:
+            return self._services.handle.get() is None
+        except Exception:  # noqa: BLE001 - why the compute is away matters more
+            return False
 
     def _commit(
         self, workplace: Workplace, finished: FinishedProgram

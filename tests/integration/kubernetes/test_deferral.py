@@ -223,6 +223,9 @@ def test_a_step_whose_time_is_up_or_that_fits_nowhere_is_told_while_deferred(wor
     assert re.search(
         r"no node of compute .cluster.*Insufficient nvidia.com/gpu", unschedulable.error()
     )
+    told = world.client.find_xcom(unschedulable.dag_id, unschedulable.run_id, "count", "step_run")
+    assert told["state"] == "failed"
+    assert "Insufficient nvidia.com/gpu" in told["reason"]
     assert expired.finish() == "failed"
     assert "ran longer than its timeout of 8 seconds" in expired.error()
     for run in (expired, unschedulable):
