@@ -112,7 +112,7 @@ class StepProgram:
             if noted is not None:
                 services.emit("The program has ended well in an earlier try: what it made is sent")
                 return self._commit(workplace, noted)
-        services.launcher.check_resources(step.name, step.resources)
+        services.launcher.check_resources(step.name, step.resources, nodes=self._nodes)
         adopt = services.launcher.recover(identity.step_run_id, services.handle)
         while True:
             try:
