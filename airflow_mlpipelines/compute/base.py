@@ -276,9 +276,9 @@ class Launcher(ABC):
     def recall_environment(
         self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
     ) -> ResolvedEnvironment | None:
-        """Return the environment that a run was planned with, though its definition means another one now.
+        """Return the environment that a run was planned with, whatever its definition means by now.
 
-        Asked for where a tag moved after the run had begun.
+        Asked for by every step of the run, so that tags are looked up once.
 
         Args:
             environment: The definition.
