@@ -241,8 +241,8 @@ class Launcher(ABC):
     carries_files = False
     build_guard: BuildGuard | None = None
 
-    def check_resources(self, step: str, resources: ResourcesSpec) -> None:
-        """Return, unless it can be known now that a step will never get its ``resources`` here.
+    def check_resources(self, step: str, resources: ResourcesSpec, *, nodes: int = 1) -> None:
+        """Return, unless it can be known now that a step will never get its ``resources`` here, on each node.
 
         Called before anything is built, pulled or staged for it. What is in use at the moment does not
         count. This default knows of nothing.
@@ -251,7 +251,7 @@ class Launcher(ABC):
             StepFailedError: The compute can't give them, whoever tries.
             ComputeUnavailableError: This worker can't, or the compute does not answer.
         """
-        del step, resources
+        del step, resources, nodes
 
     @abstractmethod
     def resolve_environment(self, environment: EnvironmentSpec | None) -> ResolvedEnvironment:
@@ -276,9 +276,9 @@ class Launcher(ABC):
     def recall_environment(
         self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
     ) -> ResolvedEnvironment | None:
-        """Return the environment that a run was planned with, though its definition means another one now.
+        """Return the environment that a run was planned with, whatever its definition means by now.
 
-        Asked for where a tag moved after the run had begun.
+        Asked for by every step of the run, so that tags are looked up once.
 
         Args:
             environment: The definition.
