@@ -62,6 +62,7 @@ def launch_fields(
     processes: int = 1,
     framework: str = "pytorch",
     servers: int = 0,
+    chief: bool = False,
     program: str = "python3",
     **changes: Any,
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -72,6 +73,7 @@ def launch_fields(
         "nodes": nodes,
         "processes_per_node": processes,
         "parameter_servers": servers,
+        "chief": chief,
     }
     module = "airflow_mlpipelines.runtime.gang"
     argv = ("python3", "-m", module, json.dumps(spec), "--", program, "work.py")
