@@ -366,12 +366,14 @@ class DistributedSpec(SpecModel):
         nodes: Machines.
         processes_per_node: Processes on each; for TensorFlow, its workers.
         parameter_servers: TensorFlow's, beside the workers.
+        chief: Whether TensorFlow's cluster has a chief of its own, which coordinates the workers.
     """
 
     framework: Literal["mpi", "pytorch", "tensorflow"]
     nodes: int = 1
     processes_per_node: int = 1
     parameter_servers: int = 0
+    chief: bool = False
 
 
 class StepSpec(SpecModel):
