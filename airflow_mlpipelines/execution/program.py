@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.execution.step import Services
     from airflow_mlpipelines.storage.artifact import Artifact
     from airflow_mlpipelines.storage.stores import Store
+
+
+log = logging.getLogger(__name__)
 
 
 class StepProgram:
@@ -112,7 +116,7 @@ class StepProgram:
             if noted is not None:
                 services.emit("The program has ended well in an earlier try: what it made is sent")
                 return self._commit(workplace, noted)
-        services.launcher.check_resources(step.name, step.resources)
+        services.launcher.check_resources(step.name, step.resources, nodes=self._nodes)
         adopt = services.launcher.recover(identity.step_run_id, services.handle)
         while True:
             try:
@@ -206,6 +210,9 @@ class StepProgram:
             raise
         except DataError:
             workplace.remove()
+            release(
+                services, identity
+            )  # the next try is to run it anew, not to find the same again
             raise
         workplace.remove()
         return outputs, finished.metrics
@@ -300,6 +307,14 @@ class StepProgram:
                 services.emit(f"Its ./outputs and ./logs can't be kept: {error}")
             raise
         return read_metrics(workplace.stage.run)
+
+
+def release(services: Services, identity: TaskIdentity) -> None:
+    """Leave nothing of a step run on its compute: nobody is to go on with it."""
+    try:
+        services.launcher.release(identity.step_run_id, services.handle)
+    except Exception as error:  # noqa: BLE001 - how the step ended is decided
+        log.warning("What the compute still has of the step can't be removed: %s", error)
 
 
 def _carries_nothing(_store: Store) -> bool:
