@@ -102,7 +102,7 @@ class KubernetesCompute(ComputeTarget):
     Args:
         name: Its name.
         fields: As :class:`~airflow_mlpipelines.definition.graph.KubernetesComputeSpec` has them:
-            ``namespace``, ``image``, ``gpus``, ``gpu_resource``, ``node_selector``, ``agent_image``,
+            ``namespace``, ``image``, ``gpus``, ``gpu_resource``, ``gpu_type_label``, ``node_selector``, ``agent_image``,
             ``shared_volumes``, ``deferrable`` and so on.
 
     Raises:

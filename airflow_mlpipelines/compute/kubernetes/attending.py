@@ -19,13 +19,7 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     ClusterLostError,
 )
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews, PodWatch, Reason
-from airflow_mlpipelines.compute.kubernetes.failures import (
-    end_failure,
-    is_hopeless,
-    lost_unseen,
-    start_failure,
-    timeout_failure,
-)
+from airflow_mlpipelines.compute.kubernetes.failures import end_failure, lost_unseen
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
     KILL_SECONDS,
     belongs_to,
@@ -39,6 +33,12 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
 from airflow_mlpipelines.compute.kubernetes.logs import LogFollower, read_tail
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP, label_value
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
+from airflow_mlpipelines.compute.kubernetes.room import make_when_room
+from airflow_mlpipelines.compute.kubernetes.starting import (
+    StartErrors,
+    start_failure,
+    timeout_failure,
+)
 from airflow_mlpipelines.compute.kubernetes.transfer import collect, deliver
 from airflow_mlpipelines.compute.kubernetes.volumes import (
     hand_over,
@@ -76,7 +76,7 @@ TAIL_LINES = 50
 _GONE_SECONDS = 15.0
 _INTERRUPTED_SECONDS = 4.0
 _PAUSE = 0.2
-_GIVEN_UP = (Reason.HOPELESS, Reason.UNSCHEDULED, Reason.UNSTARTED)
+_LATE = (Reason.UNSCHEDULED, Reason.UNSTARTED)
 """What a trigger finds by the time that a pod has waited, of which its next worker knows nothing."""
 
 
@@ -172,7 +172,16 @@ class PodAttendant:
             if self._stops.killed:
                 raise self._was_killed()
             hand_over(self._spec)
-            pod = create_pod(self._cluster, self._spec, self._token)
+            pod = make_when_room(
+                lambda: create_pod(self._cluster, self._spec, self._token),
+                self._launch,
+                self._compute,
+                note=self._note,
+                until=self._stays_until,
+                is_stopped=lambda: self._stops.killed,
+            )
+            if pod is None:
+                raise self._was_killed()
             self._prepare(pod, is_new=True)
         else:
             take_over(self._cluster, pod, self._token)
@@ -287,13 +296,16 @@ class PodAttendant:
         """
         reason = self._news.reason if self._news is not None else None
         step, spec, compute = self._launch.step_name, self._spec, self._compute
+        errors = StartErrors()
         watch = StartWatch(
             self._cluster,
             spec.name,
             schedule_seconds=compute.schedule_timeout_seconds,
             startup_seconds=compute.startup_timeout_seconds,
             is_hopeless=lambda pod, waited: (
-                self._stops.killed or reason in _GIVEN_UP or is_hopeless(pod, waited)
+                self._stops.killed
+                or reason in _LATE
+                or errors.is_hopeless(pod, math.inf if reason is Reason.HOPELESS else waited)
             ),
             patience=self._stays_until,
         )
@@ -306,7 +318,7 @@ class PodAttendant:
             ):
                 raise StartTimeoutError(pod, scheduled=reason is Reason.UNSTARTED)
         except StartTimeoutError as timeout:
-            raise timeout_failure(step, timeout, spec, compute) from timeout
+            raise timeout_failure(step, timeout, spec, compute, self._cluster) from timeout
         if self._stops.killed:
             raise self._was_killed()
         if pod is None or not done(pod):
