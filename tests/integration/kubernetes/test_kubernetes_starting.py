@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from airflow_mlpipelines.compute.kubernetes import attending
+from airflow_mlpipelines.compute.kubernetes import attending, watch
 from airflow_mlpipelines.compute.kubernetes.starting import StartErrors
 from airflow_mlpipelines.definition.graph import ResourcesSpec
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
@@ -34,8 +34,9 @@ PAUSE = "localhost/mlpipelines-pause:1"
 
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the time that errors get to pass fly, ten times as fast."""
-    fast = lambda: StartErrors(lambda: 10 * time.monotonic())  # noqa: E731 - where a class is expected
+    """Let the time that errors get to pass fly, thirty times as fast."""
+    monkeypatch.setattr(watch, "_LONGEST_WATCH_SECONDS", 1.0)
+    fast = lambda: StartErrors(lambda: 30 * time.monotonic())  # noqa: E731 - where a class is expected
     monkeypatch.setattr(attending, "StartErrors", fast)
 
 
@@ -139,6 +140,7 @@ def test_a_gpu_type_is_looked_for_by_the_label_that_the_cluster_has_for_it(
 # ---- pods that do not -----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_impatient")
 def test_a_volume_that_can_not_be_mounted_is_told_in_the_clusters_words(step: PodStep) -> None:
     launcher = with_template(
         step,
@@ -193,7 +195,9 @@ def test_a_variable_from_nowhere_is_told_and_not_tried_again(step: PodStep) -> N
 
 
 def test_a_deadline_of_the_pod_is_not_told_as_the_clusters_whim(step: PodStep) -> None:
-    launcher = with_template(step, "  activeDeadlineSeconds: 6\n")
+    launcher = with_template(
+        step, "  activeDeadlineSeconds: 6\n  terminationGracePeriodSeconds: 1\n"
+    )
     with pytest.raises(
         StepFailedError, match=r"longer than 6.0 s \(activeDeadlineSeconds: .*Allow more time"
     ) as failure:

@@ -128,6 +128,15 @@ def test_a_pod_with_its_files_calls_for_a_worker_at_the_end(
     assert judge(WATCH, {"mlp-1": pod}, NOW, StartErrors()) is reason
 
 
+def test_a_registry_that_is_away_gets_its_time_from_the_first_error_that_a_trigger_sees() -> None:
+    times = iter([0.0, 100.0, 121.0])
+    errors = StartErrors(lambda: next(times))
+    watch = replace(WATCH, awaits=Awaited.FILES, startup_seconds=1e9)
+    pod = make_pod(stage={"waiting": {"reason": "ErrImagePull", "message": "connection reset"}})
+    found = [judge(watch, {"mlp-1": pod}, NOW, errors) for _ in range(3)]
+    assert found == [None, None, Reason.HOPELESS]
+
+
 def test_pods_of_several_call_together_or_at_the_first_that_fails() -> None:
     watch = replace(WATCH, pods={"one": "uid-1", "two": "uid-1"}, logs={})
     ended = make_pod(stage=DONE, step={"terminated": {"exitCode": 0}})
