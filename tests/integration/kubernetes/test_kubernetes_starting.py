@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from airflow_mlpipelines.compute.kubernetes import attending, watch
+from airflow_mlpipelines.compute.kubernetes import following, watch
 from airflow_mlpipelines.compute.kubernetes.starting import StartErrors
 from airflow_mlpipelines.definition.graph import ResourcesSpec
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
@@ -37,7 +37,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the time that errors get to pass fly, thirty times as fast."""
     monkeypatch.setattr(watch, "_LONGEST_WATCH_SECONDS", 1.0)
     fast = lambda: StartErrors(lambda: 30 * time.monotonic())  # noqa: E731 - where a class is expected
-    monkeypatch.setattr(attending, "StartErrors", fast)
+    monkeypatch.setattr(following, "StartErrors", fast)
 
 
 def with_template(step: PodStep, text: str, **fields: Any) -> KubernetesLauncher:
