@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+CHIEF = "chief"
 MPI, PYTORCH, TENSORFLOW = "mpi", "pytorch", "tensorflow"
 HERE = "127.0.0.1"
 GPUS_PER_NODE = "MLP_GPUS_PER_NODE"
@@ -31,13 +32,24 @@ def make_variables(
     """Return for every node its ranks, each with its number and its variables.
 
     Args:
-        spec: ``framework``, ``nodes``, ``processes_per_node`` and ``parameter_servers``.
+        spec: ``framework``, ``nodes``, ``processes_per_node``, ``parameter_servers`` and ``chief``.
         hosts: Every node's name.
         ports: Every node's free ports, as many as :func:`count_ports` says.
     """
     if spec["framework"] == PYTORCH:
         return _variables_of_pytorch(spec["processes_per_node"], hosts, ports[0][0])
     return _variables_of_tensorflow(spec, hosts, ports)
+
+
+def is_decisive(spec: dict[str, Any], variables: dict[str, str]) -> bool:
+    """Return whether a gang is done only when the rank with these variables is.
+
+    Parameter servers serve for ever, and so do the workers of a chief.
+    """
+    if spec["framework"] != TENSORFLOW:
+        return True
+    kind = json.loads(variables["TF_CONFIG"])["task"]["type"]
+    return bool(kind == (CHIEF if spec.get("chief") else "worker"))
 
 
 def gpus_of_node(node: int) -> dict[str, str]:
@@ -100,7 +112,8 @@ def _variables_of_pytorch(
 def _tensorflow_tasks(spec: dict[str, Any]) -> list[tuple[str, int, int]]:
     """Return every task's kind, its number, and its node: workers in blocks, servers dealt out in turn."""
     nodes, workers = spec["nodes"], spec["processes_per_node"]
-    tasks = [("worker", number, number // workers) for number in range(nodes * workers)]
+    tasks = [(CHIEF, 0, 0)] if spec.get("chief") else []
+    tasks += [("worker", number, number // workers) for number in range(nodes * workers)]
     return tasks + [("ps", number, number % nodes) for number in range(spec["parameter_servers"])]
 
 

@@ -198,7 +198,7 @@ class KubernetesLauncher(Launcher):
             if again is None:
                 raise
             raise again from lost
-        except StepFailedError:
+        except (StepFailedError, ComputeUnavailableError):
             if note.is_empty:  # else it is another try's by now
                 note.forget()
             raise

@@ -11,7 +11,7 @@ import pytest
 
 from airflow_mlpipelines.compute.kubernetes.awaiting import PodAwaiter
 from airflow_mlpipelines.compute.kubernetes.detaching import PodNews, PodWatch
-from airflow_mlpipelines.exceptions import DataError, StoreError
+from airflow_mlpipelines.exceptions import ComputeUnavailableError, DataError, StoreError
 from airflow_mlpipelines.execution import program
 from airflow_mlpipelines.execution.step import Resumption
 from tests.integration.kubernetes.steps import wait_until
@@ -133,6 +133,19 @@ def test_a_step_that_is_killed_while_it_commits_leaves_no_pod(
     with step.on_worker(1):
         runner = step.runner(1)
         runner.run()
+    assert_nothing_left(step)
+
+
+def test_a_step_that_finds_no_place_says_so_in_the_index_and_leaves_nothing(
+    tried: Callable[..., TriedStep],
+) -> None:
+    step = tried(compute={"schedule_timeout_seconds": 3, "node_selector": {"no": "such-node"}})
+    with pytest.raises(ComputeUnavailableError):
+        step.carry_out(1)
+    [record] = step.index.find_step_runs(dag_id="dag", run_id=step.run_id)
+    assert record.state == "failed"
+    assert "no node of compute 'cluster' took its pod within" in record.reason
+    assert list(step.folder.glob("worker-1/mlpipelines/work/*")) == []
     assert_nothing_left(step)
 
 
