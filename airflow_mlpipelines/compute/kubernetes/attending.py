@@ -37,6 +37,7 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
 from airflow_mlpipelines.compute.kubernetes.logs import read_tail
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.removal import patience_after
+from airflow_mlpipelines.compute.kubernetes.room import make_when_room
 from airflow_mlpipelines.compute.kubernetes.transfer import collect, deliver
 from airflow_mlpipelines.compute.kubernetes.volumes import (
     hand_over,
@@ -133,7 +134,16 @@ class PodAttendant:
             if self._stops.killed:
                 raise was_killed(self._launch)
             hand_over(self._spec)
-            pod = create_pod(self._cluster, self._spec, self._token)
+            pod = make_when_room(
+                lambda: create_pod(self._cluster, self._spec, self._token),
+                self._launch,
+                self._cluster.compute,
+                note=self._note,
+                until=self._follower.stays_until,
+                is_stopped=lambda: self._stops.killed,
+            )
+            if pod is None:
+                raise was_killed(self._launch)
             self._prepare(pod, is_new=True)
         else:
             take_over(self._cluster, pod, self._token)

@@ -42,6 +42,7 @@ from airflow_mlpipelines.compute.kubernetes.logs import LogFollower, read_tail
 from airflow_mlpipelines.compute.kubernetes.pod import OWNER, STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
 from airflow_mlpipelines.compute.kubernetes.removal import patience_after
+from airflow_mlpipelines.compute.kubernetes.room import make_when_room
 from airflow_mlpipelines.compute.kubernetes.transfer import deliver
 from airflow_mlpipelines.compute.kubernetes.volumes import hand_over, look_again
 from airflow_mlpipelines.compute.kubernetes.watch import (
@@ -116,7 +117,17 @@ class GangAttendant:
             if self._stops.killed:
                 raise self._was_killed()
             hand_over(self._spec.pod)
-            self._prepare(create_gang(self._cluster, self._spec, self._token))
+            job = make_when_room(
+                lambda: create_gang(self._cluster, self._spec, self._token),
+                self._launch,
+                self._cluster.compute,
+                note=self._note,
+                until=self._stays_until,
+                is_stopped=lambda: self._stops.killed,
+            )
+            if job is None:
+                raise self._was_killed()
+            self._prepare(job)
         else:
             body = {"metadata": {"annotations": {OWNER: self._token}}}
             self._cluster.ask("PATCH", f"jobs/{self._spec.name}", body=body)

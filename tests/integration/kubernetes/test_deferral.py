@@ -7,7 +7,7 @@ import re
 import signal
 import sqlite3
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ pipeline("too_long", 100002, dagrun_timeout=timedelta(seconds=45))
 pipeline("expired", 100003, step=dict(timeout=8))
 pipeline("taken", 60)
 pipeline("orphaned", 300)
+pipeline("crowded", 3, compute=dict(priority_class={namespace!r}))
 pipeline("attended", 150, compute=dict(deferrable=False), step=dict(retries=1, retry_delay=1))
 pipeline("lost", 60, compute=dict(deferrable=False), step=dict(secrets=dict(PASSWORD="canary")))
 pipeline("unschedulable", 1, compute=dict(schedule_timeout_seconds=12, gpus=64), step=dict(resources=Resources(gpus=64)))
@@ -230,6 +231,40 @@ def test_a_step_whose_time_is_up_or_that_fits_nowhere_is_told_while_deferred(wor
     assert "ran longer than its timeout of 8 seconds" in expired.error()
     for run in (expired, unschedulable):
         assert run.has_left_nothing()
+
+
+@contextmanager
+def quota_of_one(world: World) -> Iterator[Callable[[], Any]]:
+    """Let there be one pod at a time of the pipeline ``crowded``, and one there is; give what deletes it."""
+    from kubernetes import client
+
+    api, name = make_api(world.cluster.kubeconfig), world.cluster.namespace
+    scheduling = client.SchedulingV1Api(api.api_client)
+    scheduling.create_priority_class({"metadata": {"name": name}, "value": 1})
+    try:
+        of_class = {"scopeName": "PriorityClass", "operator": "In", "values": [name]}
+        spec = {"hard": {"pods": "1"}, "scopeSelector": {"matchExpressions": [of_class]}}
+        api.create_namespaced_resource_quota(name, {"metadata": {"name": "one"}, "spec": spec})
+        wait_until(lambda: api.read_namespaced_resource_quota("one", name).status.hard, "it counts")
+        container = {"name": "x", "image": IMAGE}
+        busy = {"containers": [container], "priorityClassName": name, "nodeSelector": {"no": "no"}}
+        api.create_namespaced_pod(name, {"metadata": {"name": "busy"}, "spec": busy})
+        yield lambda: api.delete_namespaced_pod("busy", name, grace_period_seconds=0)
+    finally:
+        scheduling.delete_priority_class(name)
+
+
+def test_a_step_that_waits_for_a_quota_holds_no_worker_and_costs_no_retry(world: World) -> None:
+    with quota_of_one(world) as make_room:
+        run = world.start("crowded")
+        run.wait_until(lambda run: run.state == "deferred", "it is deferred")
+        assert not run.pods()
+        make_room()
+        assert run.finish() == "success", run.log()
+    assert run.task["try_number"] == 1
+    assert run.log().count("Waiting for room in quota 'one'") == 1, run.log()
+    assert run.numbers() == [0, 1, 2]
+    assert run.has_left_nothing()
 
 
 def test_a_triggerer_that_is_killed_loses_and_doubles_no_line(world: World) -> None:
