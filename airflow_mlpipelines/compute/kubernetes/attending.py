@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import DetachedError
 from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
+from airflow_mlpipelines.compute.kubernetes.channel import CommandError
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     PATIENCE_SECONDS,
     ClusterError,
     ClusterLostError,
+    PodUnreachableError,
 )
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews, PodWatch, Reason
 from airflow_mlpipelines.compute.kubernetes.failures import (
@@ -324,6 +326,7 @@ class PodAttendant:
                 arguments = (pod, self._launch.timeout_seconds, over)
                 threading.Thread(target=self._enforce_timeout, args=arguments, daemon=True).start()
             end = self._follow(pod, emit)
+            over.set()  # what it has made takes its own time to be fetched
             if not belongs_to(end.pod, self._token):
                 raise _AdoptedByAnotherError
             self._fetch(end, emit)
@@ -430,14 +433,17 @@ class PodAttendant:
             return  # all of it is where the worker sees it
         try:
             collect(self._cluster, spec, self._launch, emit=emit, with_outputs=succeeded)
-        except ClusterError as error:
-            if succeeded and self._cluster.find("pods", spec.name) is None:
+        except (ClusterError, PodUnreachableError) as error:
+            found, _ = self._cluster.find_patiently("pods", spec.name, patience=PATIENCE_SECONDS)
+            if succeeded and found is None:
                 raise lost_unseen(self._launch.step_name, end.pod) from error
-            if succeeded:
+            if succeeded and isinstance(error, CommandError):
                 raise StepFailedError(
                     self._launch.step_name,
                     f"it ended well, but its outputs can't be fetched from its pod: {error}",
                 ) from error
+            if succeeded:
+                raise
             log.warning("The files of pod %s can't be fetched: %s", spec.name, error)
 
     def _await_removal(self, cluster: Cluster, pod: Mapping[str, Any], seconds: float) -> None:

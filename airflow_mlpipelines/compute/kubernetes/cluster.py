@@ -59,6 +59,10 @@ class ClusterLostError(Exception):
     """The API server has not answered for longer than a step waits for it."""
 
 
+class PodUnreachableError(ClusterLostError):
+    """The API server answers, but for longer than a step waits, nothing got through to a pod that runs."""
+
+
 class Cluster:
     """One thread's connection to the namespace of a compute."""
 

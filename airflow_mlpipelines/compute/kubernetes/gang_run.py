@@ -232,6 +232,7 @@ class GangAttendant:
             if self._left and not self._stops:
                 ends = (end.pod for end in logs.ends.values())
                 raise self._detach(ends, Awaited.END, self._positions)
+            over.set()  # what they have made takes its own time to be fetched
             job = cluster.find("jobs", self._spec.name)
             if job is not None and not belongs_to(job, self._token):
                 raise StepFailedError(

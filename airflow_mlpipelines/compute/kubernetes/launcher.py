@@ -18,6 +18,7 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     UNREACHABLE,
     ClusterError,
     ClusterLostError,
+    PodUnreachableError,
     connect,
 )
 from airflow_mlpipelines.compute.kubernetes.detaching import PodNews
@@ -49,7 +50,7 @@ from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
 from airflow_mlpipelines.compute.kubernetes.template import lay_over, read_template
 from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared, works_with_stage
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
-from airflow_mlpipelines.exceptions import DataError, StepFailedError
+from airflow_mlpipelines.exceptions import ComputeUnavailableError, DataError, StepFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -299,6 +300,11 @@ class KubernetesLauncher(Launcher):
             yield
         except ClusterError as error:
             raise refusal(step, error, self._compute, self._cluster) from error
+        except PodUnreachableError as error:
+            raise ComputeUnavailableError(
+                f"compute {self._compute.name!r}: {error}. Are its node's kubelet and the way from the API server to "
+                "it well (kubectl exec)? What a program has made is still there: the next try fetches it."
+            ) from error
         except ClusterLostError as error:
             lost = ClusterError(UNREACHABLE, str(error))
             raise refusal(step, lost, self._compute, self._cluster) from error
