@@ -177,7 +177,7 @@ class PodAttendant:
             pod = create_pod(self._cluster, self._spec, self._token)
             self._prepare(pod, is_new=True)
         else:
-            take_over(self._cluster, pod, self._token)
+            take_over(self._cluster, "pods", self._spec.name, self._token)
             self._spec = replace(self._spec, image_name=_image_name(pod) or self._spec.image_name)
             if self._news is None:
                 log.info("Adopting pod %s of an earlier try, with its log so far:", self._spec.name)

@@ -67,7 +67,7 @@ class Channel:
         words = [("container", container), *(("command", word) for word in command)]
         streams = [(name, "true") for name in ("stdin", "stdout", "stderr")]
         path = f"{locate(cluster.namespace, f'pods/{pod}/exec')}?{urlencode(words + streams)}"
-        self._socket = _connect(cluster.client.configuration, path)
+        self._socket = cluster.with_credentials(lambda access: _connect(access, path))
         self._socket.settimeout(silence)
         self._said = b""
         self._status: dict[str, Any] | None = None

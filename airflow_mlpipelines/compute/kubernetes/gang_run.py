@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 from airflow_mlpipelines.compute.base import DetachedError
 from airflow_mlpipelines.compute.gang_logs import GangLogs
 from airflow_mlpipelines.compute.kubernetes.attending import TAIL_LINES, choose_stay
-from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError, ClusterLostError
+from airflow_mlpipelines.compute.kubernetes.cluster import (
+    PATIENCE_SECONDS,
+    ClusterError,
+    ClusterLostError,
+)
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews
 from airflow_mlpipelines.compute.kubernetes.failures import end_failure, lost_unseen
 from airflow_mlpipelines.compute.kubernetes.gang import (
@@ -39,7 +43,7 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     take_over,
 )
 from airflow_mlpipelines.compute.kubernetes.logs import LogFollower, read_tail
-from airflow_mlpipelines.compute.kubernetes.pod import OWNER, STAGE, STEP
+from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
 from airflow_mlpipelines.compute.kubernetes.transfer import deliver
 from airflow_mlpipelines.compute.kubernetes.volumes import hand_over, look_again
@@ -117,10 +121,9 @@ class GangAttendant:
             hand_over(self._spec.pod)
             self._prepare(create_gang(self._cluster, self._spec, self._token))
         else:
-            body = {"metadata": {"annotations": {OWNER: self._token}}}
-            self._cluster.ask("PATCH", f"jobs/{self._spec.name}", body=body)
+            take_over(self._cluster, "jobs", self._spec.name, self._token)
             for pod in pods:  # from a trigger, which notes at them that they are its own
-                take_over(self._cluster, pod, self._token)
+                take_over(self._cluster, "pods", str(pod["metadata"]["name"]), self._token)
             if self._news is None:
                 log.info("Adopting Job %s of an earlier try, with its log so far:", self._spec.name)
             else:
@@ -233,7 +236,7 @@ class GangAttendant:
                 ends = (end.pod for end in logs.ends.values())
                 raise self._detach(ends, Awaited.END, self._positions)
             over.set()  # what they have made takes its own time to be fetched
-            job = cluster.find("jobs", self._spec.name)
+            job, _ = cluster.find_patiently("jobs", self._spec.name, patience=PATIENCE_SECONDS)
             if job is not None and not belongs_to(job, self._token):
                 raise StepFailedError(
                     self._launch.step_name,

@@ -14,7 +14,6 @@ from airflow_mlpipelines.compute.kubernetes.channel import ChannelError, Command
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     FORBIDDEN,
     PATIENCE_SECONDS,
-    UNAUTHORIZED,
     PodUnreachableError,
 )
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
@@ -112,7 +111,7 @@ def _check_pod(
     error: ChannelError, pod: Mapping[str, Any] | None, name: str, container: str
 ) -> None:
     """Return if the same may succeed over another connection."""
-    if error.status in (UNAUTHORIZED, FORBIDDEN):
+    if error.status == FORBIDDEN:
         raise error
     if pod is None:
         raise CommandError(f"pod {name!r} is gone. {error}") from error

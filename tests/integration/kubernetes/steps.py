@@ -119,13 +119,7 @@ def suppress_absent() -> Iterator[None]:
 
 
 class Wire:
-    """A way to the API server that a test can cut.
-
-    Attributes:
-        takes_commands: Whether commands can be run in pods over it; all else of the API goes on. Those that run stay.
-        delay: Seconds that everything takes from the API server to here.
-        connections: How many there were.
-    """
+    """A way to the API server that a test can cut."""
 
     def __init__(self, kubeconfig: Path, copy: Path) -> None:
         """Write a kubeconfig that leads through this wire to ``copy``."""
@@ -136,9 +130,6 @@ class Wire:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
         self._is_cut = False
-        self.takes_commands = True
-        self.delay = 0.0
-        self.connections = 0
         cluster["server"] = f"https://127.0.0.1:{self._listener.getsockname()[1]}"
         cluster["tls-server-name"] = "kubernetes"
         copy.write_text(yaml.safe_dump(config))
@@ -165,27 +156,14 @@ class Wire:
             if self._is_cut:
                 near.close()
                 continue
-            threading.Thread(target=self._carry, args=(near,), daemon=True).start()
-
-    def _carry(self, near: socket.socket) -> None:
-        with suppress(OSError):
-            self.connections += 1
-            hello = near.recv(1 << 16)
-            # Of all that we ask the API server for, only the WebSocket of a command does not ask for this by name.
-            if not self.takes_commands and b"http/1.1" not in hello:
-                near.close()
-                return
             far = socket.create_connection(self._target)
             self._open += [near, far]
-            far.sendall(hello)
-            threading.Thread(target=self._pump, args=(near, far), daemon=True).start()
-            self._pump(far, near, is_answer=True)
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, *, is_answer: bool = False) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
-                if is_answer:
-                    time.sleep(self.delay)
                 sink.sendall(data)
         for end in (source, sink):
             with suppress(OSError):

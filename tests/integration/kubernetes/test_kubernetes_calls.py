@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from airflow_mlpipelines.compute.kubernetes import reconnecting
-from airflow_mlpipelines.exceptions import ComputeUnavailableError
-from tests.integration.kubernetes.steps import Wire, wait_until
+from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
+from tests.integration.kubernetes.gate import Gate
+from tests.integration.kubernetes.rights import Token, grant_rights
+from tests.integration.kubernetes.steps import wait_until
 from tests.integration.kubernetes.test_kubernetes_launcher import PodStep, step
 
 if TYPE_CHECKING:
@@ -29,18 +34,15 @@ open("/mlp/outputs/model", "w").write("made")
 
 
 @pytest.fixture
-def wire(step: PodStep, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+def gate(step: PodStep, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """The only way to the API server."""
-    made = Wire(step.kubeconfig, step.root / "kubeconfig")
-    monkeypatch.setenv("KUBECONFIG", str(step.root / "kubeconfig"))
-    try:
+    with Gate(step.kubeconfig, step.root / "kubeconfig") as made:
+        monkeypatch.setenv("KUBECONFIG", str(step.root / "kubeconfig"))
         yield made
-    finally:
-        made.close()
 
 
 def let_end(step: PodStep) -> None:
-    """Let the program end, past the wire, and return when it has."""
+    """Let the program end, past the gate, and return when it has."""
     step.look.execute("touch", "/mlp/run/go")
     wait_until(lambda: step.look.step_state().terminated, "the program has ended")
 
@@ -49,31 +51,96 @@ def let_end(step: PodStep) -> None:
 
 
 def test_outputs_wait_for_a_node_that_takes_no_commands_and_no_timeout_ends_their_pod(
-    step: PodStep, wire: Wire
+    step: PodStep, gate: Gate
 ) -> None:
     running = step.start(ON_DEMAND, timeout_seconds=12.0)
-    wire.takes_commands = False
+    gate.refuse("GET", "/exec", 500, times=math.inf)
     let_end(step)
     time.sleep(13)
     assert running.error is None
-    wire.takes_commands = True
+    gate.heal()
     running.wait()
     assert (step.root / "outputs" / "model").read_text() == "made"
 
 
 def test_outputs_that_can_not_be_had_now_are_fetched_by_the_next_try(
-    step: PodStep, wire: Wire, monkeypatch: pytest.MonkeyPatch
+    step: PodStep, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reconnecting, "PATIENCE_SECONDS", 2.0)
     running = step.start(ON_DEMAND)
-    wire.takes_commands = False
+    gate.refuse("GET", "/exec", 500, times=math.inf)
     let_end(step)
-    with pytest.raises(ComputeUnavailableError, match=r"nothing got through .*next try fetches it"):
+    with pytest.raises(
+        ComputeUnavailableError, match=r"nothing got through .*dialing backend.*next try"
+    ):
         running.wait()
     first, pod = step.lines, step.look.pod().metadata.uid
-    wire.takes_commands = True
+    gate.heal()
     retry = step.launcher()
     assert retry.recover(step.name, step.handle)
     assert step.python("", launcher=retry) == first
     assert (step.root / "outputs" / "model").read_text() == "made"
     assert pod
+
+
+# ---- calls of the API --------------------------------------------------------------------------
+
+
+def test_what_a_pod_takes_to_be_made_is_asked_for_until_it_is_there(
+    step: PodStep, gate: Gate
+) -> None:
+    gate.lose("POST", "/pods")
+    gate.refuse("POST", "/secrets", 429)
+    gate.lose("POST", "/secrets")
+    gate.refuse("POST", "/secrets", 500)
+    program = "import os; print(os.environ['PASSWORD'][::-1])"
+    assert step.python(program, secrets={"PASSWORD": "canary"}) == ["yranac"]
+    assert gate.were_used()
+    assert step.look.secrets() == []
+
+
+def test_a_pod_is_taken_over_from_a_lost_worker_though_the_api_server_is_not_well(
+    step: PodStep, gate: Gate
+) -> None:
+    running = step.start(ON_DEMAND)
+    gate.refuse("PATCH", "/pods/", 429)
+    gate.refuse("PATCH", "/pods/", 503)
+    gate.lose("PATCH", "/pods/")
+    let_end_soon = threading.Timer(3.0, let_end, [step])
+    let_end_soon.start()
+    step.python("", launcher=step.launcher())
+    assert gate.were_used()
+    assert (step.root / "outputs" / "model").read_text() == "made"
+    with pytest.raises(StepFailedError):
+        running.wait()
+    let_end_soon.join()
+
+
+# ---- credentials -------------------------------------------------------------------------------
+
+
+def test_tokens_that_are_replaced_while_a_step_runs_cost_no_try(
+    step: PodStep, gate: Gate, cluster: Any
+) -> None:
+    account = grant_rights(cluster)[0]
+    file = step.root / "kubeconfig"
+
+    def put(token: Token) -> Token:
+        content = yaml.safe_load(file.read_text())
+        content["users"][0]["user"] = {"token": token.text}
+        file.write_text(yaml.safe_dump(content))
+        return token
+
+    first = put(account.make_token())
+    running = step.start(ON_DEMAND)
+    second = put(account.make_token())
+    first.revoke()
+    gate.cut()  # so that the worker has to ask for something
+    time.sleep(2)
+    second.revoke()
+    gate.cut()
+    let_end(step)
+    assert running.error is None
+    put(account.make_token())  # a little late
+    running.wait()
+    assert (step.root / "outputs" / "model").read_text() == "made"
