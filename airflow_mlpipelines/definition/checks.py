@@ -96,9 +96,9 @@ def _check_code(root: str, source_directory: str, script: str | None) -> Iterato
 
 def _check_nodes(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
     nodes = step.distributed.nodes if step.distributed is not None else 1
-    if nodes == 1 or not isinstance(compute, DockerComputeSpec):
+    if nodes == 1 or isinstance(compute, KubernetesComputeSpec):
         return
-    mode = compute.network_mode or ""
+    mode = compute.network_mode or "" if isinstance(compute, DockerComputeSpec) else ""
     if mode in ("host", "none") or mode.startswith("container:"):
         yield Problem(
             f"is distributed over {nodes} nodes, which need a network of their own, but compute {compute.name!r} "
@@ -107,8 +107,9 @@ def _check_nodes(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
         )
     gpus, asked = count_gpus(compute.gpus), step.resources.gpus
     if gpus and asked and asked <= gpus < nodes * asked:
+        host = "one Docker host" if isinstance(compute, DockerComputeSpec) else "one machine"
         yield Problem(
-            f"asks for {asked} GPUs on each of {nodes} nodes, but compute {compute.name!r} is one Docker host with "
+            f"asks for {asked} GPUs on each of {nodes} nodes, but compute {compute.name!r} is {host} with "
             f"{gpus} (its 'gpus')",
             step=step.name,
         )

@@ -177,6 +177,11 @@ def make_registry(where: str, fields: Any) -> RegistrySpec:
             f"{where}: there is no field {unknown[0]!r} of a registry, which has {list_options(known)}."
             f"{suggest(unknown[0], known)}"
         )
+    if "@" in fields["url"]:  # not shown: it may be a password
+        raise DefinitionError(
+            f"{where}: url has an @ in it. Write registry and repository without a user, a password or a digest, and "
+            "name an Airflow connection of type docker as conn_id"
+        )
     url = re.sub(r"^https?://", "", fields["url"]).rstrip("/")
     if not _REPOSITORY.match(url):
         raise DefinitionError(

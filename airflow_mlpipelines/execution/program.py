@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.execution.step import Services
     from airflow_mlpipelines.storage.artifact import Artifact
     from airflow_mlpipelines.storage.stores import Store
+
+
+log = logging.getLogger(__name__)
 
 
 class StepProgram:
@@ -112,7 +116,7 @@ class StepProgram:
             if noted is not None:
                 services.emit("The program has ended well in an earlier try: what it made is sent")
                 return self._commit(workplace, noted)
-        services.launcher.check_resources(step.name, step.resources)
+        services.launcher.check_resources(step.name, step.resources, nodes=self._nodes)
         adopt = services.launcher.recover(identity.step_run_id, services.handle)
         while True:
             try:
@@ -206,34 +210,30 @@ class StepProgram:
             raise
         except DataError:
             workplace.remove()
+            release(
+                services, identity
+            )  # the next try is to run it anew, not to find the same again
             raise
         workplace.remove()
         return outputs, finished.metrics
 
     def _resolve_environment(self) -> ResolvedEnvironment:
-        """Return the environment that the plan names, also if a tag has moved since, where that can be had."""
+        """Return the environment that the plan names, where that can be had: no registry is asked again."""
         step, services = self._step, self._services
-        resolved = services.launcher.resolve_environment(step.environment)
         planned = self._plan.environments[step.id]
-        known = self._plan.steps[step.id].miss is not MissReason.NOT_CACHEABLE
-        if not known or resolved.digest == planned:
-            return resolved
-        description = services.index.get_contents([planned]).get(planned)
-        if description is None:
-            return resolved
-        recalled = services.launcher.recall_environment(step.environment, description)
+        recalled = None
+        is_known = self._plan.steps[step.id].miss is not MissReason.NOT_CACHEABLE
+        if is_known and self._graph.computes[step.compute].type != "local":
+            description = services.index.get_contents([planned]).get(planned)
+            if description is not None:
+                recalled = services.launcher.recall_environment(step.environment, description)
         if recalled is None:
-            return resolved
+            return services.launcher.resolve_environment(step.environment)
         if recalled.digest != planned:
             raise EnvironmentBuildError(
                 f"step {step.name!r}: local files that its environment is built from have changed since this run "
                 "was planned. Clear the run's first task, and what comes after it, to plan anew."
             )
-        services.emit(
-            "The image's tag has moved since this run was planned: the run keeps its image"
-            if resolved.cacheable
-            else f"The run keeps the image that it was planned with: {resolved.problem}"
-        )
         return recalled
 
     def _launch(
@@ -307,6 +307,14 @@ class StepProgram:
                 services.emit(f"Its ./outputs and ./logs can't be kept: {error}")
             raise
         return read_metrics(workplace.stage.run)
+
+
+def release(services: Services, identity: TaskIdentity) -> None:
+    """Leave nothing of a step run on its compute: nobody is to go on with it."""
+    try:
+        services.launcher.release(identity.step_run_id, services.handle)
+    except Exception as error:  # noqa: BLE001 - how the step ended is decided
+        log.warning("What the compute still has of the step can't be removed: %s", error)
 
 
 def _carries_nothing(_store: Store) -> bool:

@@ -15,7 +15,7 @@ from airflow_mlpipelines.caching.index import CacheEntry, StepRunRecord
 from airflow_mlpipelines.compute.base import DetachedError
 from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
 from airflow_mlpipelines.execution.heartbeat import LeaseHeldError, hold_lease
-from airflow_mlpipelines.execution.program import StepProgram
+from airflow_mlpipelines.execution.program import StepProgram, release
 from airflow_mlpipelines.storage.transfer import missing_artifacts
 
 if TYPE_CHECKING:
@@ -182,12 +182,26 @@ class StepRunner:
             started -= max(time.time() - resumption.began_at, 0.0)
         fingerprint = self._fingerprint()
         try:
-            return self._reuse_or_make(fingerprint, started)
+            result = self._reuse_or_make(fingerprint, started)
+        except (LeaseHeldError, StepDetachedError):
+            raise  # it goes on
         except (StepFailedError, EnvironmentBuildError, DataError) as error:
             first_line = str(error).partition("\n")[0]
             seconds = time.monotonic() - started
             self._record(fingerprint, state="failed", reason=first_line, seconds=seconds)
+            self._give_up(error)
             raise
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        # Only now: had this worker been lost before, the next one would have found all that the program made.
+        release(self._services, self._identity)
+        return result
+
+    def _give_up(self, error: BaseException) -> None:
+        """Leave nothing on the compute if no later try will come for it."""
+        if not (self._identity.has_tries_left and getattr(error, "retryable", True)):
+            release(self._services, self._identity)
 
     def _reuse_or_make(self, fingerprint: Fingerprint | None, started: float) -> StepResult:
         if fingerprint is None:

@@ -34,6 +34,7 @@ from airflow_mlpipelines.runtime.rendezvous import (
     MPI,
     count_ports,
     free_ports,
+    gpus_of_node,
     make_variables,
 )
 
@@ -72,8 +73,10 @@ def _run_alone(spec: dict[str, Any], command: Sequence[str]) -> int:
         else:
             every = free_ports(sum(count_ports(spec, node) for node in range(nodes)), HERE)
             ports = [[every.pop() for _ in range(count_ports(spec, node))] for node in range(nodes)]
-            for of_node in make_variables(spec, [HERE] * nodes, ports):
-                _start_ranks(programs, of_node, command)
+            for node, of_node in enumerate(make_variables(spec, [HERE] * nodes, ports)):
+                gpus = gpus_of_node(node)
+                ranks_of_node = [(number, {**gpus, **own}) for number, own in of_node]
+                _start_ranks(programs, ranks_of_node, command)
         failed = ranks.wait(programs)
     finally:
         ranks.end(programs)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 MPI, PYTORCH, TENSORFLOW = "mpi", "pytorch", "tensorflow"
 HERE = "127.0.0.1"
+GPUS_PER_NODE = "MLP_GPUS_PER_NODE"
+"""Set where one machine has been given the GPUs of several nodes: how many of them each has."""
+_GPU_LISTS = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 def count_ports(spec: dict[str, Any], node: int) -> int:
@@ -35,6 +38,18 @@ def make_variables(
     if spec["framework"] == PYTORCH:
         return _variables_of_pytorch(spec["processes_per_node"], hosts, ports[0][0])
     return _variables_of_tensorflow(spec, hosts, ports)
+
+
+def gpus_of_node(node: int) -> dict[str, str]:
+    """Return the variables by which the ranks of a node see its share of the GPUs; none if all see the same."""
+    each = int(os.environ.get(GPUS_PER_NODE, "0"))
+    if not each:
+        return {}
+    return {
+        name: ",".join(os.environ[name].split(",")[node * each : (node + 1) * each])
+        for name in _GPU_LISTS
+        if name in os.environ
+    }
 
 
 def free_ports(count: int, host: str = "") -> list[int]:

@@ -41,14 +41,6 @@ def find_programs() -> Path:
     return Path(done.stdout.strip())
 
 
-def find_compose(programs: Path) -> list[str]:
-    """Return the command of docker compose: the machine's own, else the one that was built."""
-    own = ["docker", "compose"]
-    if subprocess.run([*own, "version"], capture_output=True).returncode == 0:
-        return own
-    return [str(programs / "docker-compose")]
-
-
 def make_images(programs: Path) -> None:
     """Leave the base images on the daemon, or skip."""
     done = subprocess.run([PARTS / "images.sh", programs], timeout=BUILD_SECONDS)
