@@ -136,10 +136,12 @@ class PodAttendant:
             if self._stops.killed:
                 raise was_killed(self._launch)
             hand_over(self._spec)
-            pod = create_pod(self._cluster, self._spec, self._token)
+            made = create_pod(self._cluster, self._spec, self._token)
+            pod, self._stops.look = made, lambda: made
             self._prepare(pod, is_new=True)
         else:
-            take_over(self._cluster, "pods", self._spec.name, self._token)
+            own = take_over(self._cluster, "pods", self._spec.name, self._token)
+            self._stops.look = lambda: own
             if self._news is None:
                 log.info("Adopting pod %s of an earlier try, with its log so far:", self._spec.name)
             else:

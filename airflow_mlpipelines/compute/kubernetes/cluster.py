@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_mlpipelines.compute.kubernetes.access import Access, configure
@@ -67,15 +68,19 @@ class PodUnreachableError(ClusterLostError):
 class Cluster:
     """One thread's connection to the namespace of a compute."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, *, hurried: bool = False) -> None:
         self.compute = access.compute
         self.namespace = access.compute.namespace
         self._access = access
-        self._client: ApiClient | None = None
+        self._is_hurried = hurried
+        self._client: tuple[Configuration, ApiClient] | None = None
 
-    def again(self) -> Cluster:
-        """Return another connection to the same, for another thread or a signal handler."""
-        return Cluster(self._access)
+    def again(self, *, hurried: bool = False) -> Cluster:
+        """Return another connection to the same, for another thread or a signal handler.
+
+        With ``hurried``, the client does not by itself ask again where an answer is late.
+        """
+        return Cluster(self._access, hurried=hurried)
 
     @property
     def url(self) -> str:
@@ -253,7 +258,7 @@ class Cluster:
                     auth_settings=["BearerToken"],
                     _preload_content=False,
                     _return_http_data_only=True,
-                    _request_timeout=(CONNECT_SECONDS, seconds),
+                    _request_timeout=(min(CONNECT_SECONDS, seconds), seconds),
                 )
             return response
 
@@ -262,9 +267,13 @@ class Cluster:
     def _client_for(self, configuration: Configuration) -> ApiClient:
         from kubernetes.client import ApiClient
 
-        if self._client is None or self._client.configuration is not configuration:
-            self._client = ApiClient(configuration=configuration)
-        return self._client
+        if self._client is None or self._client[0] is not configuration:
+            own = configuration
+            if self._is_hurried:
+                own = copy(configuration)
+                own.retries = False
+            self._client = configuration, ApiClient(configuration=own)
+        return self._client[1]
 
 
 def locate(namespace: str, path: str) -> str:

@@ -120,9 +120,12 @@ class GangAttendant:
             if self._stops.killed:
                 raise self._was_killed()
             hand_over(self._spec.pod)
-            self._prepare(create_gang(self._cluster, self._spec, self._token))
+            job = create_gang(self._cluster, self._spec, self._token)
+            self._stops.look = lambda: job
+            self._prepare(job)
         else:
-            take_over(self._cluster, "jobs", self._spec.name, self._token)
+            job = take_over(self._cluster, "jobs", self._spec.name, self._token)
+            self._stops.look = lambda: job
             for pod in pods:  # from a trigger, which notes at them that they are its own
                 take_over(self._cluster, "pods", str(pod["metadata"]["name"]), self._token)
             if self._news is None:

@@ -116,6 +116,37 @@ def test_a_pod_is_taken_over_from_a_lost_worker_though_the_api_server_is_not_wel
     let_end_soon.join()
 
 
+# ---- stopping ----------------------------------------------------------------------------------
+
+SECONDS_OF_AIRFLOW = 5.0
+"""Between telling a process to end and ending it."""
+
+
+@pytest.mark.parametrize("trouble", ["slow", "refuses", "loses answers"])
+def test_a_step_can_be_stopped_though_the_api_server_is_not_well(
+    step: PodStep, gate: Gate, trouble: str
+) -> None:
+    launcher = step.launcher()
+    running = step.start("import time; time.sleep(100)", launcher)
+    time.sleep(1)
+    if trouble == "slow":
+        gate.delay = 1.3
+    elif trouble == "refuses":
+        gate.refuse("DELETE", "/pods/", 503, times=2)
+        gate.refuse("GET", "/pods/", 503, times=2)
+    else:
+        gate.lose("GET", "/pods/", times=2)
+        gate.lose("DELETE", "/pods/")
+    began = time.monotonic()
+    launcher.kill()
+    assert time.monotonic() - began < SECONDS_OF_AIRFLOW
+    assert [pod for pod in step.look.pods() if pod.metadata.deletion_timestamp is None] == []
+    gate.delay = 0.0
+    gate.heal()
+    with pytest.raises(StepFailedError, match="killed"):
+        running.wait()
+
+
 # ---- credentials -------------------------------------------------------------------------------
 
 

@@ -380,15 +380,23 @@ def test_a_task_that_is_stopped_while_no_worker_looks_leaves_nothing(gang: Gang)
     gang.assert_nothing_left()
 
 
-def test_a_kill_leaves_nothing_of_any_pod(gang: Gang) -> None:
-    launcher = gang.launcher()
-    running = gang.begin(WAIT, launcher)
-    wait_until(lambda: gang.count("begun") == 2, "both ranks run")
-    started = time.monotonic()
-    launcher.kill()
-    assert time.monotonic() - started < 5
-    with pytest.raises(StepFailedError, match="it was killed"):
-        running.wait()
+def test_a_kill_leaves_nothing_of_any_pod_though_the_api_server_is_not_well(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Gate(gang.kubeconfig, gang.root / "kubeconfig") as gate:
+        monkeypatch.setenv("KUBECONFIG", str(gang.root / "kubeconfig"))
+        launcher = gang.launcher()
+        running = gang.begin(WAIT, launcher)
+        wait_until(lambda: gang.count("begun") == 2, "both ranks run")
+        gate.refuse("DELETE", "/jobs/", 503)
+        gate.refuse("GET", "/jobs/", 429)
+        gate.refuse("GET", "/pods?", 429)
+        started = time.monotonic()
+        launcher.kill()
+        assert time.monotonic() - started < 5
+        assert gate.were_used()
+        with pytest.raises(StepFailedError, match="it was killed"):
+            running.wait()
     gang.assert_nothing_left()
 
 
