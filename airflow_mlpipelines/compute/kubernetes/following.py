@@ -63,10 +63,12 @@ class Stops:
     Attributes:
         killed: Somebody stopped the step.
         expired: Its time was up.
+        look: Returns the pod, or the Job, as this worker has seen it last: whoever stops it has no time to ask.
     """
 
     killed: bool = False
     expired: bool = False
+    look: Callable[[], Mapping[str, Any]] | None = None
 
     def __bool__(self) -> bool:
         return self.killed or self.expired
@@ -240,6 +242,7 @@ class PodFollower:
         if has_helpers(pod):
             relay = RunFileRelay(cluster, spec.name, self._launch.stage)
         with relay, Observer(cluster, pod) as observer:
+            self._stops.look = observer.look
             try:
                 return watch_step(
                     cluster,

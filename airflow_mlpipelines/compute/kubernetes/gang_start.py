@@ -127,7 +127,7 @@ def _no_place(cluster: Cluster, step: str, spec: GangSpec, pods: Pods) -> Comput
     if waiting is not None:
         said = find_condition(waiting, "PodScheduled").get("message", "the scheduler says nothing")
     else:
-        job = cluster.find("jobs", spec.name)
+        job, _ = cluster.find_patiently("jobs", spec.name, patience=PATIENCE_SECONDS)
         said = "its Job is gone" if job is None else _explain_missing_pods(cluster, job)
     return ComputeUnavailableError(
         f"step {step!r}: it needs {spec.nodes} nodes together, and of these {', '.join(missing)} got no place on "

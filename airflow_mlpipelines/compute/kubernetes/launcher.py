@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     UNREACHABLE,
     ClusterError,
     ClusterLostError,
+    PodUnreachableError,
     connect,
 )
 from airflow_mlpipelines.compute.kubernetes.detaching import PodNews, Reason
@@ -32,10 +34,9 @@ from airflow_mlpipelines.compute.kubernetes.gang import (
 )
 from airflow_mlpipelines.compute.kubernetes.gang_run import GangAttendant
 from airflow_mlpipelines.compute.kubernetes.images import PodImages
+from airflow_mlpipelines.compute.kubernetes.killing import delete_own, persist
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
-    KILL_SECONDS,
     adoptable,
-    belongs_to,
     has_files,
     is_of,
     is_waiting,
@@ -49,11 +50,7 @@ from airflow_mlpipelines.compute.kubernetes.starting import start_failure
 from airflow_mlpipelines.compute.kubernetes.template import lay_over, read_template
 from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared, works_with_stage
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
-from airflow_mlpipelines.exceptions import (
-    ComputeUnavailableError,
-    DataError,
-    StepFailedError,
-)
+from airflow_mlpipelines.exceptions import ComputeUnavailableError, DataError, StepFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -75,7 +72,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TAIL_CHARACTERS = 2000
-_KILL_ANSWER_SECONDS = 1.0
 
 
 class KubernetesLauncher(Launcher):
@@ -239,17 +235,18 @@ class KubernetesLauncher(Launcher):
         name, cluster = self._name, self.__dict__.get("_cluster")
         if name is None or cluster is None:
             return
-        # What fails here, run() finds out; and what is left, the next try removes.
-        with suppress(ClusterError):
-            own = cluster.again()
-            if self._gang is not None:
-                job = own.ask("GET", f"jobs/{name}", seconds=_KILL_ANSWER_SECONDS)
-                if belongs_to(job, self._token):
+        kind = "pods" if self._gang is None else "jobs"
+        seen = self._stops.look() if self._stops.look is not None else None
+        owned = threading.Event()
+
+        def end() -> None:
+            own = cluster.again(hurried=True)
+            if owned.is_set() or delete_own(own, kind, name, token=self._token, seen=seen):
+                owned.set()
+                if self._gang is not None:  # its pods would follow the Job, but take their time
                     discard_gang(own, self._gang, patience=0)
-                return
-            pod = own.ask("GET", f"pods/{name}", seconds=_KILL_ANSWER_SECONDS)
-            if belongs_to(pod, self._token):
-                own.delete("pods", name, seconds=KILL_SECONDS, uid=pod["metadata"]["uid"])
+
+        persist(end)  # what is left after that, the next try removes
 
     def _run_pod(self, launch: StepLaunch, emit: Emit, note: PodNote) -> None:
         tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -328,6 +325,11 @@ class KubernetesLauncher(Launcher):
             yield
         except ClusterError as error:
             raise refusal(step, error, self._compute, self._cluster) from error
+        except PodUnreachableError as error:
+            raise ComputeUnavailableError(
+                f"compute {self._compute.name!r}: {error}. Are its node's kubelet and the way from the API server to "
+                "it well (kubectl exec)? What a program has made is still there: the next try fetches it."
+            ) from error
         except ClusterLostError as error:
             lost = ClusterError(UNREACHABLE, str(error))
             raise refusal(step, lost, self._compute, self._cluster) from error

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from airflow_mlpipelines.compute.base import RelaunchError, Stage, StepLaunch
-from airflow_mlpipelines.compute.kubernetes import KubernetesLauncher, transfer
+from airflow_mlpipelines.compute.kubernetes import KubernetesLauncher, reconnecting
 from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
 from airflow_mlpipelines.definition.graph import (
     EnvironmentSpec,
@@ -312,7 +312,7 @@ def test_an_archive_of_outputs_that_arrives_damaged_is_fetched_again(
 def test_outputs_that_can_not_be_read_fail_the_step(
     step: PodStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "_ATTEMPTS", 1)
+    monkeypatch.setattr(reconnecting, "_ATTEMPTS", 1)
     with pytest.raises(StepFailedError, match="can't be fetched"):
         step.python("import os; os.mkdir('/mlp/outputs/model'); os.chmod('/mlp/outputs/model', 0)")
 
