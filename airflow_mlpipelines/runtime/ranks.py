@@ -13,8 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from airflow_mlpipelines.runtime.log_lines import LineFolder
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import IO
 
 LOGS = "logs"
@@ -23,6 +25,8 @@ POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
 _AFTERMATH_SECONDS = 1.0
 _TAIL_LINES = 20
+_TAIL_CHARACTERS = 2000
+_CHUNK = 64 << 10
 
 
 class Program:
@@ -103,13 +107,50 @@ class Rank(Program):
         self._thread.join(_GRACE_SECONDS)
 
     def _read(self) -> None:
-        lines: IO[bytes] = self._process.stdout  # type: ignore[assignment]
-        with Path(LOGS, f"std_log_process_{self.number}.txt").open("wb") as kept:
-            for line in lines:
-                kept.write(line)
-                kept.flush()
-                self.tail.append(line.decode("utf-8", "replace").rstrip("\r\n"))
-                _print(b"[rank %d] " % self.number + line.rstrip(b"\r\n"))
+        output: IO[bytes] = self._process.stdout  # type: ignore[assignment]
+        folder = LineFolder()
+        kept = _KeptLog(Path(LOGS, f"std_log_process_{self.number}.txt"))
+        while data := os.read(output.fileno(), _CHUNK):
+            kept.write(data)
+            self._hand_on(folder.feed(data))
+        self._hand_on(folder.finish())
+        kept.close()
+
+    def _hand_on(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.tail.append(line[:_TAIL_CHARACTERS])
+            _print(f"[rank {self.number}] {line}".encode("utf-8", "replace"))
+
+
+class _KeptLog:
+    """A rank's own output, byte for byte. If it can't be kept, that is said once, and the rank goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+        try:
+            self._file = path.open("wb", buffering=0)
+        except OSError as error:
+            self._give_up(error)
+
+    def write(self, data: bytes) -> None:
+        """Add to it."""
+        try:
+            if self._file is not None:
+                self._file.write(data)
+        except OSError as error:
+            self.close()
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Add no more."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+
+    def _give_up(self, error: OSError) -> None:
+        self._file = None
+        say(f"{self._path} can't be written: {error.strerror}")
 
 
 _printing = threading.Lock()
