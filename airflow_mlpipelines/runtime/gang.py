@@ -34,8 +34,8 @@ from airflow_mlpipelines.runtime.nodes import FOLLOWED, TOKEN, NotTogetherError,
 from airflow_mlpipelines.runtime.rendezvous import (
     HERE,
     MPI,
+    Ports,
     count_ports,
-    free_ports,
     gpus_of_node,
     is_decisive,
     make_variables,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.runtime.nodes import Nodes
 
+_BROKEN = 1
 _NOT_FOUND = 127
 _MPIRUN_SECONDS = 5.0
 
@@ -72,16 +73,15 @@ def _run_alone(spec: dict[str, Any], command: Sequence[str]) -> int:
     if spec["framework"] == MPI:
         return _run_mpi_alone(spec, command)
     programs: list[ranks.Program] = []
-    try:
-        every = free_ports(sum(count_ports(spec, node) for node in range(nodes)), HERE)
+    count = sum(count_ports(spec, node) for node in range(nodes))
+    with Ports(count, HERE) as reserved, ranks.ending(programs):
+        every = list(reserved.numbers)
         ports = [[every.pop() for _ in range(count_ports(spec, node))] for node in range(nodes)]
         for node, of_node in enumerate(make_variables(spec, [HERE] * nodes, ports)):
             gpus = gpus_of_node(node)
             ranks_of_node = [(number, {**gpus, **own}) for number, own in of_node]
             _start_ranks(programs, spec, ranks_of_node, command)
         failed = ranks.wait(programs)
-    finally:
-        ranks.end(programs)
     if failed is None:
         return 0
     return _tell_of(failed, _count(spec), f"the other {len(programs) - 1} were ended")
@@ -91,10 +91,8 @@ def _run_mpi_alone(spec: dict[str, Any], command: Sequence[str]) -> int:
     processes = spec["nodes"] * spec["processes_per_node"]
     with reports() as folder:
         programs = [start_mpirun(processes, command, dict(os.environ))]
-        try:
+        with ranks.ending(programs):
             failed = ranks.wait(programs)
-        finally:
-            ranks.end(programs)
         report = read_report(folder)
     if report is not None:
         return _tell_of_rank(report, processes, "; the others were ended")
@@ -105,27 +103,37 @@ def _run_node(spec: dict[str, Any], command: Sequence[str], place: Place) -> int
     ranks.say(f"{place.name(place.node)} waits for the other {len(place.hosts) - 1}")
     if spec["framework"] == MPI:
         make_node_shell(place)
-    nodes = meet(place, {"ports": free_ports(count_ports(spec, place.node))})
-    ranks.say(f"{place.name(place.node)}: all {len(place.hosts)} nodes are there")
-    programs: list[ranks.Program] = []
-    try:
+    with Ports(count_ports(spec, place.node)) as reserved:
+        nodes = meet(place, {"ports": reserved.numbers})
+        ranks.say(f"{place.name(place.node)}: all {len(place.hosts)} nodes are there")
+        programs: list[ranks.Program] = []
         try:
-            if spec["framework"] != MPI:
-                ports = [offer["ports"] for offer in nodes.plan["offers"]]
-                mine = make_variables(spec, place.hosts, ports)[place.node]
-                _start_ranks(programs, spec, mine, command)
-            elif place.node == 0:
-                environment = dict(os.environ)
-                programs.append(
-                    start_mpirun(spec["processes_per_node"], command, environment, place)
-                )
-        except (OSError, NoMpiError) as error:
-            nodes.fail(_NOT_FOUND, str(error))
-            raise
-        return _attend(spec, programs, nodes, place)
-    finally:
-        ranks.end(programs)
-        nodes.close()
+            with ranks.ending(programs):
+                _start_node(spec, command, place, nodes, programs)
+                return _attend(spec, programs, nodes, place)
+        finally:
+            nodes.close()
+
+
+def _start_node(
+    spec: dict[str, Any],
+    command: Sequence[str],
+    place: Place,
+    nodes: Nodes,
+    programs: list[ranks.Program],
+) -> None:
+    """Start what runs on this node, noting it in ``programs``; if that fails, the others end."""
+    try:
+        if spec["framework"] != MPI:
+            ports = [offer["ports"] for offer in nodes.plan["offers"]]
+            mine = make_variables(spec, place.hosts, ports)[place.node]
+            _start_ranks(programs, spec, mine, command)
+        elif place.node == 0:
+            environment = dict(os.environ)
+            programs.append(start_mpirun(spec["processes_per_node"], command, environment, place))
+    except (ranks.NotStartedError, NoMpiError) as error:
+        nodes.fail(_NOT_FOUND, str(error))
+        raise
 
 
 def _attend(
@@ -249,12 +257,13 @@ def main() -> int:
     except NotTogetherError as error:
         ranks.say(str(error))
         return FOLLOWED
-    except NoMpiError as error:
+    except (NoMpiError, ranks.NotStartedError) as error:
         ranks.say(str(error))
         return _NOT_FOUND
     except OSError as error:
-        ranks.say(f"{command[0]!r} could not be started: {error.strerror or error}")
-        return _NOT_FOUND
+        where = f": {error.filename}" if error.filename else ""
+        ranks.say(f"this node can't take part: {error.strerror or error}{where}")
+        return _BROKEN
 
 
 if __name__ == "__main__":

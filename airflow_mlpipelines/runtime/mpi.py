@@ -108,10 +108,8 @@ def run_one_rank(command: Sequence[str], environment: dict[str, str]) -> int:
     Path(ranks.LOGS).mkdir(exist_ok=True)
     # MPICH's processes talk to their daemon through a file that they are given open.
     rank = ranks.Rank(int(number), command, environment, inherit=True)
-    try:
+    with ranks.ending([rank]):
         ranks.wait([rank])
-    finally:
-        ranks.end([rank])
     code = rank.code or 0
     if code not in (0, _ENDED_BY_OTHERS):
         ranks.say(f"rank {number} ended with exit code {code}")

@@ -311,7 +311,12 @@ def report_rank(place: Place, **report: Any) -> None:
 
 def _serve(place: Place, handlers: Mapping[str, Callable[[Connection, Any], None]]) -> None:
     """Answer from now on: on every node who starts a command, and the kinds of messages that have a handler."""
-    server = listen(place.port)
+    try:
+        server = listen(place.port)
+    except OSError as error:
+        said = os.strerror(error.errno) if error.errno else str(error)
+        why = f"port {place.port} can't be listened on: {said}"
+        raise OSError(error.errno, why) from error
 
     def answer(accepted: socket.socket) -> None:
         with suppress(LostError, OSError, KeyError, ValueError):

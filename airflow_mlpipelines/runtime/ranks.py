@@ -9,14 +9,14 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines.runtime.log_lines import LineFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import IO
 
 LOGS = "logs"
@@ -27,6 +27,10 @@ _AFTERMATH_SECONDS = 1.0
 _TAIL_LINES = 20
 _TAIL_CHARACTERS = 2000
 _CHUNK = 64 << 10
+
+
+class NotStartedError(Exception):
+    """A program is not there, or may not be run."""
 
 
 class Program:
@@ -46,17 +50,26 @@ class Program:
         output: int | None = None,
         inherit: bool = False,
     ) -> None:
-        """Start it; with ``inherit``, it gets the files that this process was given open."""
+        """Start it; with ``inherit``, it gets the files that this process was given open.
+
+        Raises:
+            NotStartedError: It can't be started.
+        """
         self._ended: float | None = None
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=None if output is None else subprocess.STDOUT,
-            close_fds=not inherit,
-            start_new_session=True,  # so that it can be ended with all that it has started
-        )
+        try:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+                close_fds=not inherit,
+                start_new_session=True,  # so that it can be ended with all that it has started
+            )
+        except OSError as error:
+            raise NotStartedError(
+                f"{command[0]!r} could not be started: {error.strerror or error}"
+            ) from error
 
     @property
     def has_failed(self) -> bool:
@@ -185,6 +198,15 @@ def are_done(programs: Sequence[Program]) -> bool:
 def find_failed(programs: Sequence[Program]) -> Program | None:
     """Return one that has ended with another exit code than 0, or None."""
     return next((program for program in programs if program.has_failed), None)
+
+
+@contextmanager
+def ending(programs: Sequence[Program]) -> Iterator[None]:
+    """End what still runs of ``programs`` at the end of the block."""
+    try:
+        yield
+    finally:
+        end(programs)
 
 
 def end(programs: Sequence[Program]) -> None:

@@ -18,8 +18,9 @@ import psutil
 import pytest
 
 from airflow_mlpipelines.runtime.connection import Connection, LostError
-from airflow_mlpipelines.runtime.rendezvous import free_ports
+from airflow_mlpipelines.runtime.rendezvous import Ports
 from airflow_mlpipelines.runtime.stage import stage_runtime
+from tests.gangs import free_ports
 from tests.parts import missing, require_python
 
 PYTORCH = {"framework": "pytorch", "nodes": 2, "processes_per_node": 2, "parameter_servers": 0}
@@ -446,6 +447,32 @@ def test_who_lacks_the_token_can_neither_join_nor_start_a_command(tmp_path: Path
 
     assert TOKEN.encode() not in said
     assert not (tmp_path / "code" / "stolen").exists()
+
+
+def test_a_port_that_is_taken_is_named_and_not_the_program_blamed(tmp_path: Path):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = {"node": 0, "hosts": ["127.0.0.1", "far"], "port": port, "wait_seconds": 5}
+        more = {"MLP_GANG": json.dumps(told), "MLP_GANG_TOKEN": TOKEN}
+        code, lines = finish(start(tmp_path, NODES, BEGIN, env=more))
+
+    assert code == 1
+    why = f"port {port} can't be listened on: Address already in use"
+    assert lines[-1] == f"this node can't take part: {why}"
+
+
+def test_ports_of_ranks_are_nobody_else_s_until_they_listen():
+    with Ports(2) as ports:
+        first, second = ports.numbers
+        assert first != second
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", first))
+        # As PyTorch's store and TensorFlow's servers do.
+        place = ("127.0.0.1", first)
+        with socket.create_server(("", first)) as server, socket.create_connection(place):
+            server.accept()[0].close()
+        with socket.create_server(("::", second), family=socket.AF_INET6, dualstack_ipv6=True):
+            pass
 
 
 def test_a_command_on_a_node_is_handed_back_what_it_prints_and_its_exit_code(
