@@ -62,6 +62,8 @@ def launch_fields(
     processes: int = 1,
     framework: str = "pytorch",
     servers: int = 0,
+    chief: bool = False,
+    program: str = "python3",
     **changes: Any,
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return argv and the other fields of the launch of a script, as a step with ``distributed=`` has them."""
@@ -71,9 +73,10 @@ def launch_fields(
         "nodes": nodes,
         "processes_per_node": processes,
         "parameter_servers": servers,
+        "chief": chief,
     }
     module = "airflow_mlpipelines.runtime.gang"
-    argv = ("python3", "-m", module, json.dumps(spec), "--", "python3", "work.py")
+    argv = ("python3", "-m", module, json.dumps(spec), "--", program, "work.py")
     env = {
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": "/mlp/runtime",

@@ -32,6 +32,11 @@ class TaskIdentity:
         return f"mlp-{digest('step-run-v1', fields)[:20]}"
 
     @property
+    def task(self) -> tuple[str, str, str, int]:
+        """The task instance, whatever its attempt."""
+        return self.dag_id, self.run_id, self.task_id, self.map_index
+
+    @property
     def holder(self) -> str:
         """Who holds a lease, for people and for comparison."""
         return f"{self.dag_id}/{self.run_id}/{self.task_id}[{self.map_index}]#{self.attempt}"

@@ -34,6 +34,8 @@ from airflow_mlpipelines.runtime.rendezvous import (
     MPI,
     count_ports,
     free_ports,
+    gpus_of_node,
+    is_decisive,
     make_variables,
 )
 
@@ -50,7 +52,7 @@ def run(spec: dict[str, Any], command: Sequence[str]) -> int:
     """Run the gang, or this node of it, to the end of all; return 0, or the exit code of what failed.
 
     Args:
-        spec: ``framework``, ``nodes``, ``processes_per_node`` and ``parameter_servers``.
+        spec: ``framework``, ``nodes``, ``processes_per_node``, ``parameter_servers`` and ``chief``.
         command: The program and its arguments.
 
     Raises:
@@ -72,8 +74,10 @@ def _run_alone(spec: dict[str, Any], command: Sequence[str]) -> int:
         else:
             every = free_ports(sum(count_ports(spec, node) for node in range(nodes)), HERE)
             ports = [[every.pop() for _ in range(count_ports(spec, node))] for node in range(nodes)]
-            for of_node in make_variables(spec, [HERE] * nodes, ports):
-                _start_ranks(programs, of_node, command)
+            for node, of_node in enumerate(make_variables(spec, [HERE] * nodes, ports)):
+                gpus = gpus_of_node(node)
+                ranks_of_node = [(number, {**gpus, **own}) for number, own in of_node]
+                _start_ranks(programs, spec, ranks_of_node, command)
         failed = ranks.wait(programs)
     finally:
         ranks.end(programs)
@@ -94,7 +98,7 @@ def _run_node(spec: dict[str, Any], command: Sequence[str], place: Place) -> int
             if spec["framework"] != MPI:
                 ports = [offer["ports"] for offer in nodes.plan["offers"]]
                 mine = make_variables(spec, place.hosts, ports)[place.node]
-                _start_ranks(programs, mine, command)
+                _start_ranks(programs, spec, mine, command)
             elif place.node == 0:
                 environment = dict(os.environ)
                 programs.append(
@@ -123,7 +127,7 @@ def _attend(
             ranks.end(programs)
             others = f"it ran on {place.name(place.node)}; all others were ended"
             return _tell_of(failed, _count(spec), others)
-        if all(program.code == 0 for program in programs):
+        if ranks.are_done(programs):
             nodes.done()
         verdict = nodes.verdict()
         if verdict is not None:
@@ -136,11 +140,14 @@ def _attend(
 
 def _start_ranks(
     programs: list[ranks.Program],
+    spec: dict[str, Any],
     of_node: Sequence[tuple[int, dict[str, str]]],
     command: Sequence[str],
 ) -> None:
     for number, variables in of_node:
-        programs.append(ranks.Rank(number, command, {**_own_environment(), **variables}))
+        rank = ranks.Rank(number, command, {**_own_environment(), **variables})
+        rank.decides = is_decisive(spec, variables)
+        programs.append(rank)
 
 
 def _own_environment() -> dict[str, str]:
@@ -149,7 +156,8 @@ def _own_environment() -> dict[str, str]:
 
 
 def _count(spec: dict[str, Any]) -> int:
-    return int(spec["nodes"] * spec["processes_per_node"] + spec["parameter_servers"])
+    chief = int(spec.get("chief", False))
+    return int(spec["nodes"] * spec["processes_per_node"] + spec["parameter_servers"] + chief)
 
 
 def _tell_of(failed: ranks.Program, count: int, others: str) -> int:

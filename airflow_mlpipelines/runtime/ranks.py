@@ -21,11 +21,18 @@ LOGS = "logs"
 SIGNALLED = 128
 POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
+_AFTERMATH_SECONDS = 1.0
 _TAIL_LINES = 20
 
 
 class Program:
-    """A process with a session of its own, which prints where this one does."""
+    """A process with a session of its own, which prints where this one does.
+
+    Attributes:
+        decides: Whether the gang is done only when this has ended well.
+    """
+
+    decides = True
 
     def __init__(
         self,
@@ -36,6 +43,7 @@ class Program:
         inherit: bool = False,
     ) -> None:
         """Start it; with ``inherit``, it gets the files that this process was given open."""
+        self._ended: float | None = None
         self._process = subprocess.Popen(
             command,
             env=environment,
@@ -45,6 +53,18 @@ class Program:
             close_fds=not inherit,
             start_new_session=True,  # so that it can be ended with all that it has started
         )
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended with another exit code than 0.
+
+        What only serves others may break when they have ended well: that shows in a moment.
+        """
+        if not self.code:
+            return False
+        if self._ended is None:
+            self._ended = time.monotonic()
+        return self.decides or time.monotonic() - self._ended > _AFTERMATH_SECONDS
 
     @property
     def code(self) -> int | None:
@@ -108,17 +128,22 @@ def say(text: str) -> None:
 
 
 def wait(programs: Sequence[Program]) -> Program | None:
-    """Return the first that fails, or None when all have ended well."""
+    """Return the first that fails, or None when all that decide have ended well."""
     while True:
         failed = find_failed(programs)
-        if failed is not None or all(program.code == 0 for program in programs):
+        if failed is not None or are_done(programs):
             return failed
         time.sleep(POLL_SECONDS)
 
 
+def are_done(programs: Sequence[Program]) -> bool:
+    """Return whether all that decide have ended well."""
+    return all(program.code == 0 for program in programs if program.decides)
+
+
 def find_failed(programs: Sequence[Program]) -> Program | None:
     """Return one that has ended with another exit code than 0, or None."""
-    return next((program for program in programs if program.code), None)
+    return next((program for program in programs if program.has_failed), None)
 
 
 def end(programs: Sequence[Program]) -> None:

@@ -103,14 +103,14 @@ def test_between_servers_users_it_is_streamed(server, store, bucket, transfer): 
 def test_the_next_try_sends_what_the_first_did_not(server, store, local, bucket, transfer):  # noqa: F811
     stop = threading.Event()
 
-    class Progress(copying._Progress):
+    class Progress(copying.Progress):
         def add(self, *, files=0, size=0):
             if files:
                 stop.set()  # after the first whole file
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copying, "_Progress", Progress)
-        patch.setattr(copying, "_FILES_AT_ONCE", 1)
+        patch.setattr(copying, "Progress", Progress)
+        patch.setattr(copying, "THREADS", 1)
         with pytest.raises(DataError, match="was stopped"):
             transfer(local, "raw", store, "copy", stop=stop)
     (arrived,) = bucket.keys()
@@ -130,14 +130,14 @@ def test_the_next_try_sends_what_the_first_did_not(server, store, local, bucket,
 def test_a_large_file_that_breaks_off_is_not_there(server, store, local, bucket, transfer):  # noqa: F811
     stop = threading.Event()
 
-    class Progress(copying._Progress):
+    class Progress(copying.Progress):
         def add(self, *, files=0, size=0):
             super().add(files=files, size=size)
             if self.passed > 30 << 20:
                 stop.set()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copying, "_Progress", Progress)
+        patch.setattr(copying, "Progress", Progress)
         with pytest.raises(DataError, match="was stopped"):
             transfer(local, "raw/large", store, "copy", stop=stop)
 

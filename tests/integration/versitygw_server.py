@@ -27,13 +27,24 @@ def find_versitygw() -> Path | None:
 
 
 @contextmanager
-def run_versitygw(program: Path, directory: Path) -> Iterator[str]:
-    """Serve a directory, whose folders are buckets, and give the server's address."""
+def run_versitygw(
+    program: Path, directory: Path, *, certificate: tuple[Path, Path] | None = None
+) -> Iterator[str]:
+    """Serve a directory, whose folders are buckets, and give the server's address.
+
+    Args:
+        program: As :func:`find_versitygw` found it.
+        directory: What to serve.
+        certificate: A certificate for 127.0.0.1 and its key, for HTTPS.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     keys = {"ROOT_ACCESS_KEY": S3_KEYS[0], "ROOT_SECRET_KEY": S3_KEYS[1]}
+    options: list[str | Path] = ["--quiet", "--port", f"127.0.0.1:{port}"]
+    if certificate is not None:
+        options += ["--cert", certificate[0], "--key", certificate[1]]
     process = subprocess.Popen(
-        [program, "--quiet", "--port", f"127.0.0.1:{port}", "posix", directory],
+        [program, *options, "posix", directory],
         env={**os.environ, **keys},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -44,7 +55,7 @@ def run_versitygw(program: Path, directory: Path) -> Iterator[str]:
                 if client.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
+        yield f"{'https' if certificate else 'http'}://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(timeout=30)

@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections import deque
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ from airflow_mlpipelines.compute.docker.environments import (
 from airflow_mlpipelines.compute.docker.failures import end_failure, start_failure
 from airflow_mlpipelines.compute.docker.gang import find_survivors
 from airflow_mlpipelines.compute.docker.gang_run import GangRun
+from airflow_mlpipelines.compute.docker.gpu_claims import claim_gpus
 from airflow_mlpipelines.compute.docker.gpus import check_gpus
 from airflow_mlpipelines.compute.docker.hosts import (
     OWNER_FILE,
@@ -119,13 +121,14 @@ class DockerLauncher(Launcher):
     def _daemon(self) -> Daemon:
         return identify(self._client, self._compute)
 
-    def check_resources(self, step: str, resources: ResourcesSpec) -> None:
+    def check_resources(self, step: str, resources: ResourcesSpec, *, nodes: int = 1) -> None:
         """Return, unless the step asks for GPUs that the daemon can't hand out.
 
         Raises:
             StepFailedError: It does.
             ComputeUnavailableError: The daemon does not answer.
         """
+        del nodes  # that there are as many is checked with the definition, and before the start
         if not resources.gpus:
             return
         client = self._client
@@ -261,12 +264,25 @@ class DockerLauncher(Launcher):
                 self._gang.run(client, spec, emit=emit, handle=handle)
                 return
             survivor = self._find_survivor(client, spec.name, handle)
-            if survivor is None:
-                container = self._start(client, launch, spec, handle)
-            else:
-                container = str(survivor["Id"])
-                log.info("Adopting container %s of an earlier try, with its log so far:", spec.name)
-            end = self._attend(client, launch, container, hand_on, handle)
+            with claim_gpus(
+                client,
+                self._compute,
+                launch,
+                [spec.name],
+                adopted=None if survivor is None else [survivor],
+                emit=emit,
+                cancelled=lambda: self._killed,
+            ) as claim:
+                if survivor is None:
+                    spec = replace(spec, gpu_ids=claim.ids)
+                    container = self._start(client, launch, spec, handle)
+                    claim.started()
+                else:
+                    container = str(survivor["Id"])
+                    log.info(
+                        "Adopting container %s of an earlier try, with its log so far:", spec.name
+                    )
+                end = self._attend(client, launch, container, hand_on, handle)
         finally:
             self._name = None
             self._over.set()
@@ -354,6 +370,7 @@ class DockerLauncher(Launcher):
         except APIError as error:
             if not is_name_taken(error):
                 self._discard(client, spec.name)
+                handle.set(None)
             if not self._killed:  # else it was removed before it could start
                 raise start_failure(
                     launch.step_name, error, spec, daemon_url(self._compute)

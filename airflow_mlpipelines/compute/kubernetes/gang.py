@@ -17,6 +17,7 @@ from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     CONFLICT,
     PATIENCE_SECONDS,
+    UNREACHABLE,
     ClusterError,
     ClusterLostError,
 )
@@ -36,6 +37,7 @@ from airflow_mlpipelines.compute.kubernetes.pod import (
     pod_name,
     secret_manifest,
 )
+from airflow_mlpipelines.compute.kubernetes.removal import DELETE_SECONDS, Thing, delete_all
 from airflow_mlpipelines.compute.kubernetes.volumes import writes_in_place
 from airflow_mlpipelines.compute.kubernetes.watch import is_leaving
 from airflow_mlpipelines.compute.threads import in_parallel
@@ -268,19 +270,33 @@ def _is_of_use(pod: Mapping[str, Any], step_run_id: str, *, noted: bool, waits: 
     return waits and is_waiting(pod, step_run_id, uid)
 
 
-def discard_gang(cluster: Cluster, step_run_id: str, *, seconds: int = KILL_SECONDS) -> None:
+def discard_gang(
+    cluster: Cluster,
+    step_run_id: str,
+    *,
+    seconds: int = KILL_SECONDS,
+    patience: float = DELETE_SECONDS,
+) -> None:
     """Have all of a gang deleted, without waiting for it: its processes get ``seconds`` to end.
 
     Raises:
-        ClusterError: The cluster does not answer.
+        ClusterError: The cluster refuses, or did not answer for ``patience`` seconds.
     """
     name = pod_name(step_run_id)
-    names = [str(pod["metadata"]["name"]) for pod in list_pods(cluster, step_run_id)]
-    # Before the Job, with which they would go in their own time.
-    in_parallel(lambda each: cluster.again().delete("pods", each, seconds=seconds), names)
-    cluster.delete("jobs", name, seconds=0)
-    cluster.delete("services", name, seconds=0)
-    cluster.delete("secrets", name, seconds=0)
+    try:
+        pods = list_pods(cluster, step_run_id, patience=patience)
+    except ClusterLostError as error:
+        raise ClusterError(UNREACHABLE, str(error)) from error
+
+    def delete(pod: Mapping[str, Any]) -> None:
+        thing = Thing("pods", str(pod["metadata"]["name"]), seconds=seconds)
+        delete_all(cluster.again(), [thing], patience=patience)
+
+    try:
+        in_parallel(delete, pods)  # before the Job, with which they would go in their own time
+    finally:
+        rest = [Thing(kind, name) for kind in ("jobs", "services", "secrets")]
+        delete_all(cluster, rest, patience=patience)
 
 
 def remove_gang(cluster: Cluster, step_run_id: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_mlpipelines.compute.base import Launcher
 from airflow_mlpipelines.compute.container_layout import container_paths
 from airflow_mlpipelines.compute.kubernetes.agent import add_agent, can_carry
-from airflow_mlpipelines.compute.kubernetes.attending import TAIL_LINES, PodAttendant, Stops
+from airflow_mlpipelines.compute.kubernetes.attending import PodAttendant
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     PATIENCE_SECONDS,
     UNREACHABLE,
@@ -27,6 +27,7 @@ from airflow_mlpipelines.compute.kubernetes.failures import (
     refusal,
     start_failure,
 )
+from airflow_mlpipelines.compute.kubernetes.following import TAIL_LINES, Stops
 from airflow_mlpipelines.compute.kubernetes.gang import (
     discard_gang,
     find_gang,
@@ -46,10 +47,15 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
 )
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, plan_pod, pod_name
 from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
+from airflow_mlpipelines.compute.kubernetes.releasing import Owned, remove_owned
 from airflow_mlpipelines.compute.kubernetes.template import lay_over, read_template
 from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared, works_with_stage
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
-from airflow_mlpipelines.exceptions import DataError, StepFailedError
+from airflow_mlpipelines.exceptions import (
+    ComputeUnavailableError,
+    DataError,
+    StepFailedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -90,6 +96,8 @@ class KubernetesLauncher(Launcher):
         self._images = PodImages(compute)
         self._name: str | None = None
         self._gang: str | None = None
+        self._note: PodNote | None = None
+        self._is_kept = False
         self._stops = Stops()
 
     @cached_property
@@ -179,7 +187,7 @@ class KubernetesLauncher(Launcher):
         for directory in (stage.root, stage.code, stage.run, stage.outputs_root):
             # An adopted pod's first worker may have been another machine.
             directory.mkdir(parents=True, exist_ok=True)
-        note = PodNote(handle)
+        note = self._note = PodNote(handle)
         try:
             with self._in_words(launch.step_name):
                 if launch.nodes > 1:
@@ -191,11 +199,35 @@ class KubernetesLauncher(Launcher):
             if again is None:
                 raise
             raise again from lost
-        except StepFailedError:
+        except (StepFailedError, ComputeUnavailableError):
             if note.is_empty:  # else it is another try's by now
                 note.forget()
             raise
-        note.forget()
+        self._is_kept = not note.is_empty
+        if not self._is_kept:
+            self._name = None
+            note.forget()
+
+    def release(self, step_run_id: str, handle: HandleStore) -> bool:
+        """Remove the pod, or the Job, of this try or the one that is noted; another try's is left alone."""
+        has_run, self._name = self._note is not None, None
+        note = self._note or PodNote(handle)
+        if note.is_empty and not has_run:
+            return True
+        owned = Owned(
+            token=self._token,
+            pod=None if self._is_kept else note.pod,
+            job=None if self._is_kept else note.job,
+            is_gang=self._gang is not None or note.job is not None,
+        )
+        try:
+            gone = remove_owned(self._cluster, step_run_id, owned)
+        except (ClusterError, ClusterLostError, ComputeUnavailableError) as error:
+            log.warning("Pod %s could not be removed: %s", pod_name(step_run_id), error)
+            return False
+        if gone:
+            note.forget()
+        return gone
 
     def kill(self) -> None:
         """Have the pod deleted: two seconds after SIGTERM, nothing in it is left.
@@ -214,7 +246,7 @@ class KubernetesLauncher(Launcher):
             if self._gang is not None:
                 job = own.ask("GET", f"jobs/{name}", seconds=_KILL_ANSWER_SECONDS)
                 if belongs_to(job, self._token):
-                    discard_gang(own, self._gang)
+                    discard_gang(own, self._gang, patience=0)
                 return
             pod = own.ask("GET", f"pods/{name}", seconds=_KILL_ANSWER_SECONDS)
             if belongs_to(pod, self._token):
@@ -233,7 +265,6 @@ class KubernetesLauncher(Launcher):
         )
         self._name = spec.name
         end = attendant.run(self._find_pod(launch, spec, note), hand_on)
-        self._name = None
         attendant.check(end, tuple(tail))
 
     def _run_gang(self, launch: StepLaunch, emit: Emit, note: PodNote) -> None:
@@ -244,7 +275,6 @@ class KubernetesLauncher(Launcher):
         )
         self._gang, self._name = launch.step_run_id, spec.name
         attendant.run(emit)
-        self._name = None
 
     def _plan(self, launch: StepLaunch) -> PodSpec:
         image = self._images.name or launch.image or ""

@@ -19,6 +19,7 @@ from airflow_mlpipelines.compute.kubernetes.pod import (
     label_value,
     secret_manifest,
 )
+from airflow_mlpipelines.compute.kubernetes.removal import DELETE_SECONDS, Thing, delete_all
 from airflow_mlpipelines.compute.kubernetes.volumes import has_helpers, writes_in_place
 from airflow_mlpipelines.compute.kubernetes.watch import (
     ENDED_PHASES,
@@ -90,15 +91,23 @@ def create_secret(cluster: Cluster, spec: PodSpec, pod: Mapping[str, Any]) -> No
         cluster.ask("POST", "secrets", body=body)
 
 
-def discard(cluster: Cluster, spec: PodSpec, pod: Mapping[str, Any], *, seconds: int) -> None:
+def discard(
+    cluster: Cluster,
+    spec: PodSpec,
+    pod: Mapping[str, Any],
+    *,
+    seconds: int,
+    patience: float = DELETE_SECONDS,
+) -> None:
     """Have the pod and its Secret deleted, without waiting for it.
 
     Raises:
-        ClusterError: The cluster does not answer.
+        ClusterError: The cluster refuses, or did not answer for ``patience`` seconds.
     """
-    cluster.delete("pods", spec.name, seconds=seconds, uid=pod["metadata"]["uid"])
+    things = [Thing("pods", spec.name, uid=pod["metadata"]["uid"], seconds=seconds)]
     if spec.needs_secret:
-        cluster.delete("secrets", spec.name, seconds=0)
+        things.append(Thing("secrets", spec.name))
+    delete_all(cluster, things, patience=patience)
 
 
 def remove_pod(cluster: Cluster, pod: Mapping[str, Any]) -> None:

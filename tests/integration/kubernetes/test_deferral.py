@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +64,7 @@ pipeline("expired", 100003, step=dict(timeout=8))
 pipeline("taken", 60)
 pipeline("orphaned", 300)
 pipeline("attended", 150, compute=dict(deferrable=False), step=dict(retries=1, retry_delay=1))
+pipeline("lost", 60, compute=dict(deferrable=False), step=dict(secrets=dict(PASSWORD="canary")))
 pipeline("unschedulable", 1, compute=dict(schedule_timeout_seconds=12, gpus=64), step=dict(resources=Resources(gpus=64)))
 """
 
@@ -178,6 +181,9 @@ def test_a_step_whose_time_is_up_or_that_fits_nowhere_is_told_while_deferred(wor
     assert re.search(
         r"no node of compute .cluster.*Insufficient nvidia.com/gpu", unschedulable.error()
     )
+    told = world.client.find_xcom(unschedulable.dag_id, unschedulable.run_id, "count", "step_run")
+    assert told["state"] == "failed"
+    assert "Insufficient nvidia.com/gpu" in told["reason"]
     assert expired.finish() == "failed"
     assert "ran longer than its timeout of 8 seconds" in expired.error()
     for run in (expired, unschedulable):
@@ -239,3 +245,22 @@ def test_a_pipeline_of_several_steps_hands_data_on_and_its_second_run_is_reused(
     assert decisions == dict.fromkeys(flow.STEPS, "reuse")
     assert again.result("report", "report") == made
     assert len([who for who, _, _ in lake.requests if who != lake.host]) == by_pods  # no pod ran
+
+
+def test_what_a_killed_worker_without_retries_has_left_goes_with_the_next_run(world: World) -> None:
+    run = world.start("lost")
+    run.wait_until(lambda run: len(run.numbers()) > 5, "lines come")
+    first = run.pod().metadata.uid
+    os.kill(run.task["pid"], signal.SIGKILL)
+    assert run.finish() == "failed"
+    assert first in [pod.metadata.uid for pod in run.pods()]
+    database = world.stack.home / "mlpipelines" / "metadata.db"
+    with closing(sqlite3.connect(database)) as connection, connection:
+        changed = connection.execute("UPDATE mlp_launches SET noted_at = noted_at - 3600").rowcount
+    assert changed >= 1
+    again = world.start("lost")
+    again.wait_until(
+        lambda run: first not in [pod.metadata.uid for pod in run.pods()], "the first one is gone"
+    )
+    assert again.finish() == "success", again.log()
+    assert again.has_left_nothing()

@@ -68,6 +68,7 @@ def go_on(step: PodStep, program: str, news: PodNews | None = None, **changes: A
     launch = step.launch("python3", "-c", program, detach=True, news=told, **changes)
     launcher.recover(step.name, step.handle)
     launcher.run(launch, emit=step.lines.append, handle=step.handle)
+    assert launcher.release(step.name, step.handle)
 
 
 def wait(step: PodStep, watch: PodWatch) -> PodNews:

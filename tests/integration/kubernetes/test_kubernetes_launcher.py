@@ -86,6 +86,7 @@ class PodStep:
         launcher = launcher or self.launcher()
         self.lines = []
         launcher.run(self.launch(*argv, **changes), emit=self.lines.append, handle=self.handle)
+        assert launcher.release(self.name, self.handle)
         return self.lines
 
     def python(self, program: str, **changes: Any) -> list[str]:

@@ -172,6 +172,7 @@ class Workbench:
             **options,
         )
         launcher.run(launch, emit=self._emit, handle=self.handle)
+        assert launcher.release(self.step_run_id, self.handle)
 
     def next_try(self) -> None:
         """Take a new launcher, as the next try of the same task instance does."""

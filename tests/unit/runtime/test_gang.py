@@ -62,13 +62,14 @@ def start(
     *,
     python: str = sys.executable,
     program: str | None = None,
+    arguments: list[str] | None = None,
     env: dict[str, str] | None = None,
 ):
     """Start a gang as a step does: with the staged runtime package, in a folder of its own."""
     code = root / "code"
     code.mkdir()
     (code / "work.py").write_text(textwrap.dedent(script))
-    command = [program or python, "work.py"]
+    command = [program or python, "work.py", *(arguments or [])]
     return subprocess.Popen(
         [python, "-m", "airflow_mlpipelines.runtime.gang", json.dumps(spec), "--", *command],
         env={
@@ -123,6 +124,57 @@ def test_tensorflow_s_processes_are_told_of_the_cluster_and_their_place_in_it(tm
     cluster = configs[0]["cluster"]
     assert all(config["cluster"] == cluster for config in configs)
     assert len({*cluster["worker"], *cluster["ps"]}) == 3
+
+
+# As TensorFlow's server.join() does, what serves never returns.
+SERVES = """
+    import json, os, sys, time
+    kind = json.loads(os.environ["TF_CONFIG"])["task"]["type"]
+    print("begun as", kind, flush=True)
+    if kind in sys.argv[1:]:
+        time.sleep(600)
+    time.sleep(1)
+    """
+
+
+@pytest.mark.parametrize(
+    ("chief", "serving", "tasks"),
+    [
+        (False, ["ps"], ["worker 0", "worker 1", "ps 0"]),
+        (True, ["ps", "worker"], ["chief 0", "worker 0", "worker 1", "ps 0"]),
+    ],
+)
+def test_a_cluster_is_done_with_its_workers_or_its_chief_though_others_serve_for_ever(
+    tmp_path: Path, python: str, chief: bool, serving: list[str], tasks: list[str]
+):
+    spec = {
+        "framework": "tensorflow",
+        "nodes": 1,
+        "processes_per_node": 2,
+        "parameter_servers": 1,
+        "chief": chief,
+    }
+    gang = start(tmp_path, spec, SERVES, python=python, arguments=serving)
+    code, lines = finish(gang)
+
+    assert code == 0, lines
+    assert sorted(lines) == [
+        f"[rank {rank}] begun as {task.split()[0]}" for rank, task in enumerate(tasks)
+    ]
+
+
+def test_a_server_that_fails_ends_its_cluster(tmp_path: Path):
+    script = """
+        import json, os, sys, time
+        if json.loads(os.environ["TF_CONFIG"])["task"]["type"] == "ps":
+            sys.exit(5)
+        time.sleep(600)
+        """
+    spec = {"framework": "tensorflow", "nodes": 1, "processes_per_node": 2, "parameter_servers": 1}
+    code, lines = finish(start(tmp_path, spec, script))
+
+    assert code == 5
+    assert lines[0].startswith("rank 2 of 3 ended with exit code 5; the other 2 were ended.")
 
 
 def test_one_rank_dies_and_the_gang_ends_with_its_log_and_its_exit_code(tmp_path: Path):
