@@ -55,6 +55,7 @@ _NO_CLAIM = re.compile(r'persistentvolumeclaim "(?P<claim>[^"]*)" not found')
 _CLAIM_SECONDS = 20.0
 _PATIENCE_SECONDS = 120.0
 """How long something that may heal by itself, such as a registry that is away, may take."""
+_CREDENTIALS_SECONDS = 20.0
 _SHOWN = 600
 _KILLED = frozenset({128 + signal.SIGKILL, 128 + signal.SIGTERM})
 _NOT_TO_BLAME = "The program is not to blame; it can be tried again."
@@ -94,13 +95,22 @@ def is_hopeless(pod: Mapping[str, Any], waited: float) -> bool:
             continue
         if reason in _NEVER_PULLED:
             return True
-        if reason in _NOT_PULLED and (
-            _ABSENT.search(facts.get("message", "")) or waited > _PATIENCE_SECONDS
-        ):
-            return True
+        if reason in _NOT_PULLED:
+            is_final = _ABSENT.search(facts.get("message", "")) is not None
+            patience = _pull_patience(pod) if is_final else _PATIENCE_SECONDS
+            if waited > patience:
+                return True
         if reason in _NOT_MADE and waited > _PATIENCE_SECONDS / 4:
             return True
     return False
+
+
+def _pull_patience(pod: Mapping[str, Any]) -> float:
+    """Return for how long a pull that was refused may be tried: its credentials may come a moment after the pod."""
+    pod_name = str(pod["metadata"]["name"])
+    secrets = pod.get("spec", {}).get("imagePullSecrets") or ()
+    own = any(pod_name.startswith(str(secret.get("name"))) for secret in secrets)
+    return _CREDENTIALS_SECONDS if own else -1.0
 
 
 def refusal(
@@ -275,7 +285,7 @@ def _no_image(
     return StepFailedError(
         step,
         f"{which} can't be had on compute {compute.name!r} ({reason}): {said}. Check its name and tag, and the "
-        "compute's image_pull_secrets.",
+        "compute's image_conn_id or image_pull_secrets.",
         retryable=False,
     )
 
