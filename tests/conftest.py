@@ -1,4 +1,7 @@
-"""Settings that must stand before anything imports Airflow: a home of its own, thrown away at the end."""
+"""Settings that must stand before anything imports Airflow: a home of its own, thrown away at the end.
+
+And what a skip means, for all tests.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,14 @@ import atexit
 import os
 import shutil
 import tempfile
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.parts import fail_if_skipped
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 _home = tempfile.mkdtemp(prefix="mlpipelines-tests-")
 _owner = os.getpid()
@@ -32,3 +43,19 @@ for _name in (
 ):
     os.environ.pop(_name, None)
 os.makedirs(f"{_home}/dags", exist_ok=True)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let no test be skipped in CI."""
+    report = yield
+    fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Let no module be skipped in CI."""
+    report = yield
+    fail_if_skipped(report)
+    return report

@@ -241,8 +241,8 @@ class Launcher(ABC):
     carries_files = False
     build_guard: BuildGuard | None = None
 
-    def check_resources(self, step: str, resources: ResourcesSpec) -> None:
-        """Return, unless it can be known now that a step will never get its ``resources`` here.
+    def check_resources(self, step: str, resources: ResourcesSpec, *, nodes: int = 1) -> None:
+        """Return, unless it can be known now that a step will never get its ``resources`` here, on each node.
 
         Called before anything is built, pulled or staged for it. What is in use at the moment does not
         count. This default knows of nothing.
@@ -251,7 +251,7 @@ class Launcher(ABC):
             StepFailedError: The compute can't give them, whoever tries.
             ComputeUnavailableError: This worker can't, or the compute does not answer.
         """
-        del step, resources
+        del step, resources, nodes
 
     @abstractmethod
     def resolve_environment(self, environment: EnvironmentSpec | None) -> ResolvedEnvironment:
@@ -276,9 +276,9 @@ class Launcher(ABC):
     def recall_environment(
         self, environment: EnvironmentSpec | None, description: Mapping[str, Any]
     ) -> ResolvedEnvironment | None:
-        """Return the environment that a run was planned with, though its definition means another one now.
+        """Return the environment that a run was planned with, whatever its definition means by now.
 
-        Asked for where a tag moved after the run had begun.
+        Asked for by every step of the run, so that tags are looked up once.
 
         Args:
             environment: The definition.
@@ -337,7 +337,8 @@ class Launcher(ABC):
 
         When this returns or raises, but for the first two errors, nothing that the program started is
         running any more. A program that an earlier try launched, and that survived its worker, is adopted
-        or removed first.
+        or removed first. What the program has made may be kept on the compute until :meth:`release`, so that
+        another worker finds it if this one is lost before all of it is committed.
 
         Raises:
             DetachedError: It goes on without this worker, as ``launch`` allows.
@@ -345,6 +346,16 @@ class Launcher(ABC):
             RelaunchError: The compute took it away. Call this again, with new directories.
             StepFailedError: It ended otherwise; with its exit code and the end of its log.
         """
+
+    def release(self, step_run_id: str, handle: HandleStore) -> bool:
+        """Remove what the compute still has of a step run; return whether nothing of it is left.
+
+        Called once all that the program made is committed and remembered, or when the last try has failed:
+        nobody will adopt anything any more. Never fails; where the compute does not answer, something is left.
+        This default knows of nothing to remove.
+        """
+        del step_run_id, handle
+        return True
 
     @abstractmethod
     def kill(self) -> None:

@@ -18,6 +18,7 @@ from airflow_mlpipelines.compute.environment_locks import environments_directory
 from airflow_mlpipelines.compute.recipes import (
     BaseImage,
     base_names,
+    count_unpinned,
     describe_packages,
     list_base_digests,
     make_context,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 REPOSITORY = "mlpipelines/env"
 USUAL_PLATFORM = "amd64"
+LABEL = "airflow-mlpipelines.environment"
+"""Has the digest of the definition on every image that was built."""
 _BASE_REPOSITORY = "mlpipelines/base"
 
 
@@ -159,6 +162,16 @@ def building_alone(
             yield
     finally:
         lock.release()
+
+
+def tell_unpinned(environment: EnvironmentSpec, emit: Emit) -> None:
+    """Tell how many requirement lines leave open what they come to, if any does."""
+    unpinned, lines = count_unpinned(environment)
+    if unpinned:
+        emit(
+            f"{unpinned} of {lines} requirement lines name no exact version: what they came to is fixed by this "
+            "image, and not by its definition."
+        )
 
 
 def _base_images(bases: Mapping[str, ImageIdentity]) -> dict[str, BaseImage]:

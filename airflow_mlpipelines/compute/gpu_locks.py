@@ -9,24 +9,28 @@ Every look at the queue, and every try to take GPUs, is made under one more lock
 in the queue is a file that whoever waits keeps locked; one that can be locked is that of a dead process.
 Whoever is first gets the next GPUs. So a step that needs several is not passed by for ever by steps
 that need one, at the price of GPUs that are free while it waits for the others.
+
+A container does not inherit files, and outlives its worker. So of a GPU that is for a container, the file
+says for which one, and who finds the lock free asks the daemon whether that container still runs.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import re
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from airflow_mlpipelines import settings
-from airflow_mlpipelines.exceptions import ComputeUnavailableError
+from airflow_mlpipelines.compute.container_use import is_used
+from airflow_mlpipelines.compute.lock_files import lock_file, read_facts, write_facts
+from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
     from types import TracebackType
 
     from airflow_mlpipelines.compute.base import Emit
@@ -36,20 +40,40 @@ _FIRST_PAUSE, _PAUSE_IN_FRONT, _PAUSE_BEHIND = 0.02, 0.1, 0.5
 _SAY_AGAIN_SECONDS = 30.0
 _SHOWN = 8
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
-_PRIVATE, _SHARED_FILE = 0o700, 0o666
+_PRIVATE = 0o700
+_TAKE_OVER_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Containers:
+    """The containers of one step that GPUs are for.
+
+    Attributes:
+        daemon: The socket of their daemon.
+        names: Their names.
+    """
+
+    daemon: Path
+    names: tuple[str, ...]
 
 
 class Claim:
     """GPUs that are this step's alone until it, and every process that inherited ``files``, has let go.
+
+    Those of containers are theirs until they have ended, unless the block that this is the context of ends
+    well, or because the step has failed: then they have.
 
     Attributes:
         gpus: The GPUs; none if the step asked for none.
         files: The open files that their locks are held through.
     """
 
-    def __init__(self, gpus: Sequence[Gpu] = (), files: Sequence[int] = ()) -> None:
+    def __init__(
+        self, gpus: Sequence[Gpu] = (), files: Sequence[int] = (), *, for_containers: bool = False
+    ) -> None:
         self.gpus = tuple(gpus)
         self.files = tuple(files)
+        self._for_containers = for_containers
 
     def __enter__(self) -> Self:
         return self
@@ -61,7 +85,10 @@ class Claim:
         trace: TracebackType | None,
     ) -> None:
         files, self.files = self.files, ()
+        is_over = kind is None or issubclass(kind, StepFailedError)
         for file in files:
+            if self._for_containers and is_over:
+                os.ftruncate(file, 0)
             os.close(file)
 
 
@@ -73,15 +100,29 @@ class GpuQueue:
         count: How many of them it needs; at least 1, and no more than there are.
         step: Its name, for those that have to wait for it.
         step_run_id: Likewise.
+        containers: Whom they are for, where it is not a process that inherits the open files.
 
     Raises:
         ComputeUnavailableError: The directory of the locks can't be made.
     """
 
-    def __init__(self, gpus: Sequence[Gpu], count: int, *, step: str, step_run_id: str) -> None:
+    def __init__(
+        self,
+        gpus: Sequence[Gpu],
+        count: int,
+        *,
+        step: str,
+        step_run_id: str,
+        containers: Containers | None = None,
+    ) -> None:
         self._gpus = gpus
         self._count = count
-        self._owner = {"step": step, "step_run": step_run_id, "process": os.getpid()}
+        self._containers = containers
+        self._owner: dict[str, object] = {
+            "step": step,
+            "step_run": step_run_id,
+            "process": os.getpid(),
+        }
         self._directory = settings.gpu_lock_directory()
         self._tickets = self._directory / "queue"
         try:
@@ -120,10 +161,31 @@ class GpuQueue:
             self._leave()
         return None
 
+    def take_over(self) -> Claim:
+        """Return the GPUs, which containers that an earlier worker has started run with already.
+
+        One that is still locked is that worker's, who is about to end.
+        """
+        deadline = time.monotonic() + _TAKE_OVER_SECONDS
+        while (turnstile := lock_file(self._directory / "turnstile")) is None:
+            if time.monotonic() > deadline:
+                return Claim(self._gpus)
+            time.sleep(_FIRST_PAUSE)
+        try:
+            files = []
+            for gpu in self._gpus:
+                file = lock_file(self._file_of(gpu))
+                if file is not None:
+                    self._sign(gpu, file)
+                    files.append(file)
+        finally:
+            os.close(turnstile)
+        return Claim(self._gpus, files, for_containers=True)
+
     def _try(self) -> Claim | str:
         """Return the GPUs, or whom they have to be waited for; empty if somebody else is looking."""
         with ExitStack() as files:
-            turnstile = _lock(self._directory / "turnstile")
+            turnstile = lock_file(self._directory / "turnstile")
             if turnstile is None:
                 return ""
             files.callback(os.close, turnstile)
@@ -141,9 +203,13 @@ class GpuQueue:
         taken: list[tuple[Gpu, int]] = []
         try:
             for gpu in self._gpus:
-                file = _lock(self._lock_file(gpu))
-                if file is not None:
-                    taken.append((gpu, file))
+                file = lock_file(self._file_of(gpu))
+                if file is None:
+                    continue
+                if self._container_user(gpu):
+                    os.close(file)
+                    continue
+                taken.append((gpu, file))
                 if len(taken) == self._count:
                     break
         except BaseException:
@@ -152,17 +218,48 @@ class GpuQueue:
         if len(taken) < self._count:
             _close(file for _, file in taken)
             return None
-        for _, file in taken:
-            _write(file, self._owner)
-        return Claim([gpu for gpu, _ in taken], [file for _, file in taken])
+        for gpu, file in taken:
+            self._sign(gpu, file)
+        return Claim(
+            [gpu for gpu, _ in taken],
+            [file for _, file in taken],
+            for_containers=self._containers is not None,
+        )
+
+    def _sign(self, gpu: Gpu, file: int) -> None:
+        """Write who has a GPU: for people, and to be asked after where it is a container."""
+        owner = self._owner
+        if self._containers is not None:
+            daemon, names = self._containers.daemon, self._containers.names
+            owner = {**owner, "daemon": str(daemon), "containers": names, "gpu": gpu.id}
+        write_facts(file, owner)
+
+    def _container_user(self, gpu: Gpu) -> str:
+        """Return who uses a GPU that nobody has locked: containers without a worker; empty if none does."""
+        path = self._file_of(gpu)
+        said = read_facts(path)
+        daemon, names, device = said.get("daemon"), said.get("containers"), said.get("gpu")
+        if (
+            not isinstance(daemon, str)
+            or not isinstance(names, list)
+            or not isinstance(device, str)
+        ):
+            return ""
+        used = is_used(Path(daemon), names, device)
+        if used is None:
+            return (
+                f"{_name(said)} unless its container is gone, which the Docker daemon at {daemon} does not say: "
+                f"if it is, remove {path}"
+            )
+        return f"{_name(said)} in a container that its worker has left" if used else ""
 
     def _queue_up(self) -> None:
         numbers = [int(ticket.name) for ticket in _numbered(self._tickets)]
         self._number = max(numbers, default=0) + 1
-        ticket = _lock(self._tickets / str(self._number))
+        ticket = lock_file(self._tickets / str(self._number))
         if ticket is not None:
             self._ticket = ticket
-            _write(ticket, {**self._owner, "keys": [gpu.key for gpu in self._gpus]})
+            write_facts(ticket, {**self._owner, "keys": [gpu.key for gpu in self._gpus]})
 
     def _ahead(self) -> Iterator[dict[str, object]]:
         """Yield whoever came before, is alive, and waits for any of the same GPUs; the first one first."""
@@ -170,9 +267,9 @@ class GpuQueue:
         for ticket in _numbered(self._tickets):
             if self._ticket is not None and int(ticket.name) >= self._number:
                 return
-            file = _lock(ticket)
+            file = lock_file(ticket)
             if file is None:
-                said = _read(ticket)
+                said = read_facts(ticket)
                 keys = said.get("keys")
                 if isinstance(keys, list) and own.intersection(keys):
                     yield said
@@ -188,7 +285,7 @@ class GpuQueue:
             os.close(self._ticket)
             self._ticket = None
 
-    def _lock_file(self, gpu: Gpu) -> Path:
+    def _file_of(self, gpu: Gpu) -> Path:
         return self._directory / f"{_UNSAFE.sub('_', gpu.key)}.lock"
 
     def _describe(self, ahead: Sequence[dict[str, object]]) -> str:
@@ -197,62 +294,21 @@ class GpuQueue:
             return f"{wanted}, after {_join(map(_name, ahead))}"
         held = []
         for gpu in self._gpus:
-            path = self._lock_file(gpu)
-            file = _lock(path)
+            path = self._file_of(gpu)
+            file = lock_file(path)
             if file is None:
-                held.append(f"GPU {gpu.id} is held by {_name(_read(path))}")
+                holder = _name(read_facts(path))
             else:
+                holder = self._container_user(gpu)
                 os.close(file)
+            if holder:
+                held.append(f"GPU {gpu.id} is held by {holder}")
         return f"{wanted}: {_join(held)}" if held else ""
-
-
-def _lock(path: Path) -> int | None:
-    """Return the file, open and locked; None if somebody else has locked it."""
-    while True:
-        file = _open(path)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Somebody may have removed it meanwhile: then what was locked is nothing that others see.
-            if os.path.samestat(os.fstat(file), path.stat()):
-                return file
-        except BlockingIOError:
-            os.close(file)
-            return None
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)
-
-
-def _open(path: Path) -> int:
-    try:
-        # First without: of another user's file in /tmp the kernel refuses it with O_CREAT.
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        with suppress(OSError):  # others may share the directory, whatever this worker's umask is
-            os.fchmod(file, _SHARED_FILE)
-        return file
 
 
 def _close(files: Iterator[int]) -> None:
     for file in files:
         os.close(file)
-
-
-def _write(file: int, facts: dict[str, object]) -> None:
-    os.ftruncate(file, 0)
-    os.pwrite(file, json.dumps(facts).encode(), 0)
-
-
-def _read(path: Path) -> dict[str, object]:
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
 
 
 def _name(owner: dict[str, object]) -> str:

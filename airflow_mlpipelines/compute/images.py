@@ -84,6 +84,12 @@ def repository_of(name: str) -> str:
     return head if colon and "/" not in tail else name
 
 
+def is_same_repository(one: str, other: str) -> bool:
+    """Return whether two images' names are of one repository of one registry, however they are written."""
+    first, second = ImageName.parse(one), ImageName.parse(other)
+    return (first.registry, first.repository) == (second.registry, second.repository)
+
+
 def image_name(
     environment: EnvironmentSpec | None, compute: DockerComputeSpec | KubernetesComputeSpec
 ) -> str:

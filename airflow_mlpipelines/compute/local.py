@@ -34,9 +34,10 @@ from airflow_mlpipelines.compute.guardian import (
     Program,
     describe_exit,
 )
-from airflow_mlpipelines.compute.log_lines import LineFolder
 from airflow_mlpipelines.compute.processes import end_process, kill_marked, machine_identity
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
+from airflow_mlpipelines.runtime.log_lines import LineFolder
+from airflow_mlpipelines.runtime.rendezvous import GPUS_PER_NODE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +83,7 @@ class LocalLauncher(Launcher):
         self._over.set()
         self._killed = False
 
-    def check_resources(self, step: str, resources: ResourcesSpec) -> None:
+    def check_resources(self, step: str, resources: ResourcesSpec, *, nodes: int = 1) -> None:
         """Return, unless the step asks for more GPUs than this worker can hand out.
 
         Raises:
@@ -90,7 +91,7 @@ class LocalLauncher(Launcher):
         """
         del step
         if resources.gpus:
-            self._find_gpus(resources.gpus)
+            self._find_gpus(resources.gpus * nodes)
 
     # ---- the environment -------------------------------------------------------------------
 
@@ -238,13 +239,13 @@ class LocalLauncher(Launcher):
         return found
 
     def _claim_gpus(self, launch: StepLaunch, emit: Emit) -> Claim:
-        """Return the GPUs that the step asks for, once they are free.
+        """Return the GPUs that the step asks for, for each of its nodes, once they are free.
 
         Raises:
             ComputeUnavailableError: There are not as many here.
             StepFailedError: It was killed while it waited for them.
         """
-        count = launch.resources.gpus
+        count = (launch.resources.gpus or 0) * launch.nodes
         if not count:
             return Claim()
         queue = GpuQueue(
@@ -271,6 +272,8 @@ class LocalLauncher(Launcher):
         env |= launch.secrets
         if claim.gpus or self._compute.gpus is not None:
             env |= device_variables(claim.gpus)
+        if claim.gpus and launch.nodes > 1:
+            env[GPUS_PER_NODE] = str(launch.resources.gpus)
         env[STEP_RUN_VARIABLE] = launch.step_run_id
         return Program(launch.argv, env, str(launch.stage.code), launch.timeout_seconds)
 

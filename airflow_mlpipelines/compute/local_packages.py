@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from airflow_mlpipelines.compute.build_context import ContextFile
+from airflow_mlpipelines.definition.url_secrets import PACKAGES_REMEDY, find_secret
 from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError
 from airflow_mlpipelines.storage.snapshots import list_source_files
 
@@ -22,7 +23,6 @@ _FILE_OPTION = re.compile(r"^(-r|--requirement|-c|--constraint|-f|--find-links)[
 _EDITABLE = re.compile(r"^(-e|--editable)[= ]")
 _BY_URL = re.compile(r"^(?P<before>[\w.-]+(\[[^\]]*\])?\s*@\s*)(?P<path>file:\S+)")
 _BY_PATH = re.compile(r"^(?P<path>(/|\./|\.\./|file:)[^\[;]*?)(?P<after>\[[^\]]*\]|\s*;.*)?$")
-_PASSWORD = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 _DISTRIBUTIONS = (".whl", ".tar.gz", ".zip", ".tar.bz2")
 
 
@@ -40,17 +40,13 @@ def collect_requirements(
         The lines, and the files by their paths relative to ``directory``.
 
     Raises:
-        EnvironmentBuildError: A local path is relative or not there, a package is editable, or a password
-            stands in a line.
+        EnvironmentBuildError: A local path is relative or not there, a package is editable, or a URL in a
+            line or in a file of requirements has a password or a token in it.
     """
     made: list[str] = []
     files: dict[str, ContextFile] = {}
     for line in lines:
-        if _PASSWORD.search(line):
-            raise EnvironmentBuildError(
-                f"{named}: a requirement line has a password in its URL, which everybody who may pull the image "
-                "could read. Let the base image know the package index, or pass the packages as local files."
-            )
+        _check_secrets(f"{named}: a requirement line", line)
         if _EDITABLE.match(line):
             raise EnvironmentBuildError(
                 f"{named}: {line!r}: nothing is editable in an image. Write the path of the package alone."
@@ -62,6 +58,8 @@ def collect_requirements(
             continue
         path = _local_path(named, line, match["path"].strip())
         place = f"{LOCAL_DIRECTORY}/{len(made)}"
+        if line.startswith(("-r", "--req", "-c", "--con")) and path.is_file():
+            _check_secrets(f"{named}: {path}", path.read_text("utf-8", errors="replace"))
         found = _read(named, path, place, only_distributions=line.startswith(("-f", "--find")))
         files.update(found)
         target = f"{directory}/{place}/{path.name}"
@@ -70,6 +68,15 @@ def collect_requirements(
         start, end = match.span("path")
         made.append(f"{line[:start]}{target}{line[end:]}")
     return made, files
+
+
+def _check_secrets(where: str, text: str) -> None:
+    found = find_secret(text)
+    if found is not None:
+        raise EnvironmentBuildError(
+            f"{where} has a URL with a password or a token in it ({found}), which everybody who may pull the image "
+            f"could read. {PACKAGES_REMEDY}"
+        )
 
 
 def _local_path(named: str, line: str, text: str) -> Path:

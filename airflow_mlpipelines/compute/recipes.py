@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines._digest import digest
 from airflow_mlpipelines.compute.base import name_environment
@@ -149,8 +149,10 @@ def _recipe(environment: EnvironmentSpec) -> tuple[list[str], dict[str, ContextF
             f"{packages} && rm -rf /var/lib/apt/lists/*"
         )
     if environment.conda is not None:
+        conda, local = _collect_conda(environment)
+        files |= {f"conda/{name}": file for name, file in local.items()}
         # JSON is YAML too, and has one form.
-        content = json.dumps(environment.conda, indent=1)
+        content = json.dumps(conda, indent=1)
         files["conda/environment.yaml"] = ContextFile(f"{content}\n".encode())
         file = f"{_DIRECTORY}/conda/environment.yaml"
         lines += [
@@ -177,6 +179,28 @@ def _recipe(environment: EnvironmentSpec) -> tuple[list[str], dict[str, ContextF
         ]
     # A base may run as somebody who may install nothing; a step's process gets its user from the compute.
     return (["USER root", *lines] if lines else []), files
+
+
+def _collect_conda(
+    environment: EnvironmentSpec,
+) -> tuple[Mapping[str, Any], dict[str, ContextFile]]:
+    """Return the conda file as it is in the image, and the local files that its pip packages need there."""
+    conda: Mapping[str, Any] = environment.conda or {}
+    files: dict[str, ContextFile] = {}
+    dependencies = []
+    for number, item in enumerate(conda.get("dependencies") or ()):
+        pip = item.get("pip") if isinstance(item, dict) else None
+        if isinstance(pip, (list, tuple)):
+            lines, local = collect_requirements(
+                name_environment(environment),
+                [str(line) for line in pip],
+                directory=f"{_DIRECTORY}/conda/{number}",
+            )
+            files |= {f"{number}/{name}": file for name, file in local.items()}
+            dependencies.append({**item, "pip": lines})
+        else:
+            dependencies.append(item)
+    return ({**conda, "dependencies": dependencies} if files else conda), files
 
 
 def _check_version(environment: EnvironmentSpec) -> str:

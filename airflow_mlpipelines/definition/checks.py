@@ -96,9 +96,16 @@ def _check_code(root: str, source_directory: str, script: str | None) -> Iterato
 
 def _check_nodes(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
     nodes = step.distributed.nodes if step.distributed is not None else 1
-    if nodes == 1 or not isinstance(compute, DockerComputeSpec):
+    most = compute.max_nodes if isinstance(compute, KubernetesComputeSpec) else None
+    if most is not None and nodes > most:
+        yield Problem(
+            f"is distributed over {nodes} nodes, but compute {compute.name!r} has max_nodes {most}, and the step would "
+            "wait for ever. Raise it (and the slots of its Airflow pool), or ask for fewer nodes",
+            step=step.name,
+        )
+    if nodes == 1 or isinstance(compute, KubernetesComputeSpec):
         return
-    mode = compute.network_mode or ""
+    mode = compute.network_mode or "" if isinstance(compute, DockerComputeSpec) else ""
     if mode in ("host", "none") or mode.startswith("container:"):
         yield Problem(
             f"is distributed over {nodes} nodes, which need a network of their own, but compute {compute.name!r} "
@@ -107,8 +114,9 @@ def _check_nodes(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
         )
     gpus, asked = count_gpus(compute.gpus), step.resources.gpus
     if gpus and asked and asked <= gpus < nodes * asked:
+        host = "one Docker host" if isinstance(compute, DockerComputeSpec) else "one machine"
         yield Problem(
-            f"asks for {asked} GPUs on each of {nodes} nodes, but compute {compute.name!r} is one Docker host with "
+            f"asks for {asked} GPUs on each of {nodes} nodes, but compute {compute.name!r} is {host} with "
             f"{gpus} (its 'gpus')",
             step=step.name,
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines._digest import digest
 from airflow_mlpipelines.definition.graph import EnvironmentSpec
+from airflow_mlpipelines.definition.url_secrets import check_environment
 from airflow_mlpipelines.exceptions import DefinitionError
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Environment:
         environment_variables: Set for the step's process.
 
     Raises:
-        DefinitionError: A file is not there, or an image and a Dockerfile are both given.
+        DefinitionError: A file is not there, an image and a Dockerfile are both given, or a URL among the
+            packages has a password or a token in it.
     """
 
     def __init__(  # noqa: PLR0913 - one argument for each thing that there can be
@@ -46,7 +48,7 @@ class Environment:
         apt: Sequence[str] = (),
         environment_variables: Mapping[str, str] | None = None,
     ) -> None:
-        where = f"environment {name!r}" if name else "environment"
+        where = _name(name)
         if image is not None and dockerfile is not None:
             raise DefinitionError(
                 f"{where}: give an image or a Dockerfile, not both; a Dockerfile names its base itself."
@@ -68,10 +70,16 @@ class Environment:
             apt=tuple(apt),
             environment_variables=dict(environment_variables or {}),
         )
+        check_environment(where, self.spec)
 
     @classmethod
     def from_spec(cls, spec: EnvironmentSpec) -> Environment:
-        """Return the authoring object of an environment's definition."""
+        """Return the authoring object of an environment's definition.
+
+        Raises:
+            DefinitionError: A URL among its packages has a password or a token in it.
+        """
+        check_environment(_name(spec.name), spec)
         made = object.__new__(cls)
         made.spec = spec
         return made
@@ -180,6 +188,10 @@ class Environment:
 
     def __repr__(self) -> str:
         return f"Environment({self.name!r})"
+
+
+def _name(name: str | None) -> str:
+    return f"environment {name!r}" if name else "environment"
 
 
 def _read_packages(

@@ -23,6 +23,7 @@ from airflow_mlpipelines.definition.azure_files import (
     write_yaml,
 )
 from airflow_mlpipelines.definition.graph import EnvironmentSpec
+from airflow_mlpipelines.definition.url_secrets import check_environment
 from airflow_mlpipelines.exceptions import DefinitionError
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def environment_from_fields(
         directories: Where a conda file that they name may lie.
 
     Raises:
-        DefinitionError: A key or a value is wrong, or the conda file is not there.
+        DefinitionError: A key or a value is wrong, the conda file is not there, or a URL among the packages
+            has a password or a token in it.
     """
     unsupported = check_keys(where, fields, ENVIRONMENT_KEYS)
     python, docker = get_section(fields, "python"), get_section(fields, "docker")
@@ -106,11 +108,13 @@ def environment_from_fields(
     from pydantic import ValidationError
 
     try:
-        return EnvironmentSpec.model_validate(drop_empty(values)), unsupported
+        spec = EnvironmentSpec.model_validate(drop_empty(values))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise DefinitionError(f"{where}: {place}: {first['msg']}") from error
+    check_environment(where, spec)
+    return spec, unsupported
 
 
 def write_environment(spec: EnvironmentSpec, directory: Path, *, overwrite: bool) -> None:

@@ -23,6 +23,7 @@ from airflow_mlpipelines.definition.computes import (
 )
 from airflow_mlpipelines.definition.environment import Environment
 from airflow_mlpipelines.definition.graph import DatastoreSpec, RegistrySpec
+from airflow_mlpipelines.definition.url_secrets import check_datastore
 from airflow_mlpipelines.exceptions import DefinitionError
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ class Workspace:
 
     Make one with :meth:`from_config`.
 
+    Raises:
+        DefinitionError: A default is none of what there is, or a datastore's URL has a password in it.
+
     Attributes:
         name: Its name.
         config_file: The file that it comes from; None for the embedded one.
@@ -112,6 +116,8 @@ class Workspace:
         self.registry = registry
         self.config_file = config_file
         where = f"workspace {name!r}" + (f" ({config_file.name})" if config_file else " (embedded)")
+        for key, spec in datastores.items():
+            check_datastore(f"{where}: datastore {key!r}", spec)
         made = {key: Datastore._of(self, spec) for key, spec in datastores.items()}  # noqa: SLF001
         self.datastores: Registry[Datastore] = Registry("datastore", where, made)
         self.compute_targets: Registry[ComputeTarget] = Registry("compute", where, computes)

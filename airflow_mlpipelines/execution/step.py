@@ -13,9 +13,14 @@ from airflow_mlpipelines.caching.explain import explain_miss
 from airflow_mlpipelines.caching.fingerprint import step_fingerprint
 from airflow_mlpipelines.caching.index import CacheEntry, StepRunRecord
 from airflow_mlpipelines.compute.base import DetachedError
-from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
+from airflow_mlpipelines.exceptions import (
+    ComputeUnavailableError,
+    DataError,
+    EnvironmentBuildError,
+    StepFailedError,
+)
 from airflow_mlpipelines.execution.heartbeat import LeaseHeldError, hold_lease
-from airflow_mlpipelines.execution.program import StepProgram
+from airflow_mlpipelines.execution.program import StepProgram, release
 from airflow_mlpipelines.storage.transfer import missing_artifacts
 
 if TYPE_CHECKING:
@@ -175,6 +180,7 @@ class StepRunner:
             StepFailedError: The program failed.
             EnvironmentBuildError: Its environment can't be had.
             DataError: An input can't be had, or an output was not made.
+            ComputeUnavailableError: Its compute was away, or had no place for it.
         """
         started = time.monotonic()
         if resumption is not None:
@@ -182,12 +188,34 @@ class StepRunner:
             started -= max(time.time() - resumption.began_at, 0.0)
         fingerprint = self._fingerprint()
         try:
-            return self._reuse_or_make(fingerprint, started)
-        except (StepFailedError, EnvironmentBuildError, DataError) as error:
+            result = self._reuse_or_make(fingerprint, started)
+        except (LeaseHeldError, StepDetachedError):
+            raise  # it goes on
+        except (
+            StepFailedError,
+            EnvironmentBuildError,
+            DataError,
+            ComputeUnavailableError,
+        ) as error:
             first_line = str(error).partition("\n")[0]
             seconds = time.monotonic() - started
             self._record(fingerprint, state="failed", reason=first_line, seconds=seconds)
+            self._give_up(error)
             raise
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        # Only now: had this worker been lost before, the next one would have found all that the program made.
+        self._release()
+        return result
+
+    def _give_up(self, error: BaseException) -> None:
+        """Leave nothing on the compute if no later try will come for it."""
+        if not (self._identity.has_tries_left and getattr(error, "retryable", True)):
+            self._release()
+
+    def _release(self) -> None:
+        release(self._services, self._identity, self._graph.computes[self._step.compute])
 
     def _reuse_or_make(self, fingerprint: Fingerprint | None, started: float) -> StepResult:
         if fingerprint is None:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from airflow_mlpipelines._protocols import scheme_of
 from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.operators.aws_connections import make_s3_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,9 @@ def make_arguments(datastore: str, url: str, connection: Connection) -> dict[str
         return extra
     try:
         made = make(connection, extra, url)
+    except DataError as error:
+        where = f"datastore {datastore!r}: the Airflow connection {connection.conn_id!r}"
+        raise DataError(f"{where} {error}", retryable=False) from None
     except (ValueError, TypeError, AttributeError) as error:
         # The value itself is not shown: it may be a key.
         raise DataError(
@@ -54,18 +58,6 @@ def make_arguments(datastore: str, url: str, connection: Connection) -> dict[str
             f"read ({type(error).__name__}). Check its keys and its extra, as {scheme}:// needs them."
         ) from None
     return {name: value for name, value in made.items() if value not in (None, "")}
-
-
-def _s3(connection: Connection, extra: dict[str, Any], url: str) -> dict[str, Any]:
-    """Type ``aws``: login and password are the key pair."""
-    del url
-    client = dict(extra.pop("client_kwargs", {}))
-    for name in ("endpoint_url", "region_name"):
-        if name in extra:
-            client[name] = extra.pop(name)
-    pair = {"key": connection.login, "secret": connection.password}
-    token = extra.pop("aws_session_token", None)
-    return {"client_kwargs": client or None, "token": token, **extra, **_given(pair)}
 
 
 def _gcs(connection: Connection, extra: dict[str, Any], url: str) -> dict[str, Any]:
@@ -193,8 +185,8 @@ def _is_on(value: object) -> bool:
 
 
 _MAKERS: dict[str, Make] = {
-    "s3": _s3,
-    "s3a": _s3,
+    "s3": make_s3_arguments,
+    "s3a": make_s3_arguments,
     "gs": _gcs,
     "gcs": _gcs,
     "abfs": _azure,

@@ -86,6 +86,46 @@ class OrderedDigest:
         return bytes(self._hasher.digest())
 
 
+class Memory:
+    """Bytes that jobs may have in memory, all together; whoever was given out first gets them first.
+
+    Args:
+        size: How many. A job that wants more than all of them is done alone.
+        stop: Is set when a job has failed.
+    """
+
+    def __init__(self, size: int, stop: threading.Event) -> None:
+        self._size = self._free = size
+        self._stop = stop
+        self._change = threading.Condition()
+
+    def lend(self, size: int, job: Callable[[], None]) -> Callable[[], None]:
+        """Return the job, once there are so many bytes for it; they are free again when it is done.
+
+        Called as jobs are given out, by one thread at a time: those that have theirs then wait for none that has not.
+
+        Raises:
+            StoppedError: Another job has failed.
+        """
+        taken = min(size, self._size)
+        with self._change:
+            while self._free < taken:
+                if self._stop.is_set():
+                    raise StoppedError("stopped")
+                self._change.wait(_WAIT_SECONDS)
+            self._free -= taken
+
+        def do() -> None:
+            try:
+                job()
+            finally:
+                with self._change:
+                    self._free += taken
+                    self._change.notify_all()
+
+        return do
+
+
 def carry_all(
     jobs: Iterable[Callable[[], None]], *, threads: int = THREADS, stop: threading.Event
 ) -> None:

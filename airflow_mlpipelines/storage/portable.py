@@ -20,7 +20,7 @@ def describe_store(store: Store) -> Json | None:
     """Return what opens the same datastore elsewhere; it holds its credentials, and is as secret as they are.
 
     None if only this machine can open it: a directory, the memory of this process, or one whose arguments are
-    objects or name files of this machine, such as a key.
+    objects, or name files of this machine, such as a key, or a profile that is in one.
     """
     if store.is_local or store.protocol.extra is None or not _is_portable(store.arguments):
         return None
@@ -37,6 +37,8 @@ def open_described(description: Mapping[str, Any]) -> Store:
 
 
 def _is_portable(arguments: Mapping[str, Any]) -> bool:
+    if "profile" in arguments:  # of ~/.aws/config
+        return False
     try:
         json.dumps(arguments)
     except (TypeError, ValueError):

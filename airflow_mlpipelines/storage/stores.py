@@ -19,6 +19,7 @@ from uuid import uuid4
 from airflow_mlpipelines._naming import list_options, suggest
 from airflow_mlpipelines._protocols import find_protocol
 from airflow_mlpipelines.exceptions import DataError, StoreError
+from airflow_mlpipelines.storage.s3_roles import take_on_role
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -319,7 +320,8 @@ def open_store(
     protocol = find_protocol(url)
     arguments = {**(options or {}), **(credentials or {})}
     try:
-        filesystem, root = url_to_fs(url, **arguments)
+        given = take_on_role(arguments) if protocol.name == "S3" else arguments
+        filesystem, root = url_to_fs(url, **given)
     except ImportError as error:
         hint = "Install its fsspec driver."
         if protocol.extra is not None:

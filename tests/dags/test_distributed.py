@@ -9,6 +9,7 @@ import pytest
 from airflow_mlpipelines import (
     DockerCompute,
     KubernetesCompute,
+    LocalCompute,
     Mpi,
     Pipeline,
     PipelineData,
@@ -133,19 +134,26 @@ def test_a_cluster_takes_a_step_on_several_nodes(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("compute", "message"),
     [
-        ({"network_mode": "host"}, "compute 'docker' has network_mode 'host'"),
         (
-            {"gpus": 3},
-            "asks for 2 GPUs on each of 2 nodes, but compute 'docker' is one Docker host",
+            DockerCompute("docker", image=IMAGE, network_mode="host"),
+            "compute 'docker' has network_mode 'host'",
+        ),
+        (
+            DockerCompute("docker", image=IMAGE, gpus=3),
+            "asks for 2 GPUs on each of 2 nodes, but compute 'docker' is one Docker host with 3",
+        ),
+        (
+            LocalCompute("here", gpus=[0, 1, 2]),
+            "asks for 2 GPUs on each of 2 nodes, but compute 'here' is one machine with 3",
         ),
     ],
 )
-def test_several_nodes_need_a_docker_host_that_can_hold_them(tmp_path: Path, fields, message):
-    made = pipeline(tmp_path, "gang_of_nodes", 2, DockerCompute("docker", image=IMAGE, **fields))
+def test_several_nodes_need_a_machine_that_can_hold_them(tmp_path: Path, compute, message):
+    made = pipeline(tmp_path, "gang_of_nodes", 2, compute)
     made.steps[0].distributed = Mpi(nodes=2)
-    made.steps[0].resources = Resources(gpus=2 if "gpus" in fields else None)
+    made.steps[0].resources = Resources(gpus=2 if compute.spec.gpus else None)
 
     (problem,) = made.validate()
 

@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"<!-- from (\S+): (\S+) -->\n```(?:python|yaml)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"<!-- from (\S+): (\S+) -->\n```(?:python|yaml|ini)\n(.*?)```", re.DOTALL)
 YAML = re.compile(r"<!-- from (\S+) -->\n```yaml\n(.*?)```", re.DOTALL)
+ANY = re.compile(r"([^\n]*)\n```(?:python|py|yaml|yml|ini|cfg|toml|json)\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#]+)\)")
 
 
@@ -42,6 +43,15 @@ def test_code_in_documents_is_cut_from_tested_files(file, name, code):
 )
 def test_yaml_in_documents_is_cut_from_files(file, text):
     assert text in (ROOT / file).read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_block_of_code_says_where_it_is_from(document):
+    unmarked = [
+        code for before, code in ANY.findall(document.read_text()) if not before.startswith("<!--")
+    ]
+
+    assert unmarked == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

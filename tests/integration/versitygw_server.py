@@ -31,6 +31,7 @@ def run_versitygw(
     program: Path,
     directory: Path,
     *,
+    certificate: tuple[Path, Path] | None = None,
     region: str = "us-east-1",
     access_log: Path | None = None,
     versions: Path | None = None,
@@ -38,8 +39,9 @@ def run_versitygw(
     """Serve a directory, whose folders are buckets, and give the server's address.
 
     Args:
-        program: Where versitygw is.
-        directory: What it serves.
+        program: As :func:`find_versitygw` found it.
+        directory: What to serve.
+        certificate: A certificate for 127.0.0.1 and its key, for HTTPS.
         region: That of the buckets.
         access_log: Where it logs what it is asked.
         versions: Where it keeps older versions of objects, in buckets that say so.
@@ -47,7 +49,15 @@ def run_versitygw(
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     keys = {"ROOT_ACCESS_KEY": S3_KEYS[0], "ROOT_SECRET_KEY": S3_KEYS[1]}
-    words = [program, "--quiet", "--port", f"127.0.0.1:{port}", "--region", region]
+    words: list[str | Path] = [
+        program,
+        "--quiet",
+        "--port",
+        f"127.0.0.1:{port}",
+        "--region",
+        region,
+    ]
+    words += ["--cert", certificate[0], "--key", certificate[1]] if certificate is not None else []
     words += ["--access-log", access_log] if access_log is not None else []
     words += ["posix", *(["--versioning-dir", versions] if versions is not None else [])]
     process = subprocess.Popen(
@@ -62,7 +72,7 @@ def run_versitygw(
                 if client.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
+        yield f"{'https' if certificate else 'http'}://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(timeout=30)

@@ -22,6 +22,67 @@ CASES = {
             "client_kwargs": {"region_name": "eu", "endpoint_url": "http://s3"},
         },
     ),
+    "s3, all that the provider understands": (
+        "s3://b",
+        {"conn_type": "aws"},
+        {
+            "aws_access_key_id": "id",
+            "aws_secret_access_key": "key",
+            "session_kwargs": {"profile_name": "ml", "region_name": "eu"},
+            "service_config": {"s3": {"endpoint_url": "http://s3"}},
+            "verify": "False",
+            "config_kwargs": {"signature_version": "unsigned", "retries": {"max_attempts": 3}},
+            "s3_additional_kwargs": {"ServerSideEncryption": "AES256"},
+        },
+        {
+            "key": "id",
+            "secret": "key",
+            "profile": "ml",
+            "anon": True,
+            "client_kwargs": {"region_name": "eu", "endpoint_url": "http://s3", "verify": False},
+            "config_kwargs": {"retries": {"max_attempts": 3}},
+            "s3_additional_kwargs": {"ServerSideEncryption": "AES256"},
+        },
+    ),
+    "s3, a role": (
+        "s3://b",
+        {"conn_type": "aws", "login": "id", "password": "key"},
+        {
+            "role_arn": "arn:aws:iam::1:role/ml",
+            "external_id": "x",
+            "assume_role_kwargs": {"DurationSeconds": 900},
+            "verify": "/etc/ca.pem",
+        },
+        {
+            "key": "id",
+            "secret": "key",
+            "client_kwargs": {"verify": "/etc/ca.pem"},
+            "assume_role": {
+                "arguments": {
+                    "RoleArn": "arn:aws:iam::1:role/ml",
+                    "ExternalId": "x",
+                    "DurationSeconds": 900,
+                    "RoleSessionName": "Airflow_c",
+                }
+            },
+        },
+    ),
+    "s3, a role that a token is good for": (
+        "s3://b",
+        {"conn_type": "aws"},
+        {
+            "role_arn": "arn:aws:iam::1:role/ml",
+            "assume_role_method": "assume_role_with_web_identity",
+            "assume_role_with_web_identity_federation": "file",
+            "assume_role_with_web_identity_token_file": "/run/token",
+        },
+        {
+            "assume_role": {
+                "arguments": {"RoleArn": "arn:aws:iam::1:role/ml", "RoleSessionName": "Airflow_c"},
+                "token_file": "/run/token",
+            },
+        },
+    ),
     "gcs, a key": (
         "gs://b",
         {"conn_type": "google_cloud_platform"},
@@ -139,3 +200,30 @@ def test_a_field_that_is_wrong_is_an_error_without_its_value():
         make_arguments("lake", "gs://b", connection)
 
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        ({"role_anr": "arn"}, r"'role_anr' in its extra.* Did you mean 'role_arn'"),
+        ({"session_kwargs": {"botocore": 1}}, "'botocore' in its session_kwargs"),
+        (
+            {"role_arn": "arn", "assume_role_method": "assume_role_with_saml"},
+            "the assume_role_method 'assume_role_with_saml', and for S3 there are",
+        ),
+        (
+            {"role_arn": "arn", "assume_role_method": "assume_role_with_web_identity"},
+            "needs assume_role_with_web_identity_federation 'file'",
+        ),
+    ],
+)
+def test_what_means_nothing_to_an_s3_datastore_is_told_with_what_does(extra, told):
+    from airflow.sdk import Connection
+
+    pytest.importorskip("s3fs")
+    connection = Connection(conn_id="c", conn_type="aws", extra=json.dumps(extra))
+
+    with pytest.raises(DataError, match=told) as caught:
+        make_arguments("lake", "s3://b", connection)
+
+    assert str(caught.value).startswith("datastore 'lake': the Airflow connection 'c' has")

@@ -68,7 +68,7 @@ def test_the_rights_are_for_the_workers_in_the_namespace_of_the_compute(values, 
 
 def test_the_guide_to_kubernetes_asks_for_the_same_rights(rights):
     guide = (ROOT / "docs" / "guides" / "kubernetes.md").read_text()
-    block = re.search(r"```yaml\n(apiVersion: rbac.*?)```", guide, re.DOTALL)
+    block = re.search(r"```yaml\n(rules:.*?)```", guide, re.DOTALL)
 
     assert block is not None
     assert yaml.safe_load(block[1])["rules"] == rights[0]["rules"]

@@ -23,7 +23,7 @@ from airflow_mlpipelines.compute.container_layout import (
     choose_shm_size,
     input_target,
 )
-from airflow_mlpipelines.compute.docker.gpus import chosen_gpus, device_requests
+from airflow_mlpipelines.compute.docker.gpus import device_requests
 from airflow_mlpipelines.compute.docker.users import find_uid, hand_over
 from airflow_mlpipelines.exceptions import DataError, StepFailedError
 
@@ -65,7 +65,7 @@ class ContainerSpec:
         user: The worker's ``uid:gid``, or whom the compute names.
         memory: Bytes; swap does not come on top.
         gpus: How many it gets.
-        gpu_ids: Which ones; empty leaves that to the daemon.
+        gpu_ids: Which ones, as chosen when it is started.
         network: A network of the step's own, where it is found as ``hostname``.
     """
 
@@ -127,7 +127,6 @@ def plan_container(
         memory=memory,
         shm_size=shm_size,
         gpus=gpus,
-        gpu_ids=chosen_gpus(compute, gpus),
         network_mode=compute.network_mode,
         extra_hosts=compute.extra_hosts,
     )

@@ -8,14 +8,17 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlpipelines._digest import digest
 from airflow_mlpipelines.compute.base import name_environment
 from airflow_mlpipelines.compute.built_images import (
+    LABEL,
     REPOSITORY,
     USUAL_PLATFORM,
     ImageDefinition,
     building_alone,
     define,
     recall,
+    tell_unpinned,
 )
 from airflow_mlpipelines.compute.docker.builds import build_image
 from airflow_mlpipelines.compute.docker.daemon import connect
@@ -28,11 +31,12 @@ from airflow_mlpipelines.compute.docker.images import (
     recall_image,
     seek_image,
 )
-from airflow_mlpipelines.compute.recipes import count_unpinned
+from airflow_mlpipelines.compute.environment_locks import environments_directory, write_whole
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from docker import APIClient
 
@@ -43,8 +47,6 @@ if TYPE_CHECKING:
         EnvironmentSpec,
         RegistrySpec,
     )
-
-LABEL = "airflow-mlpipelines.environment"
 
 
 def define_image(
@@ -76,7 +78,7 @@ def recall_definition(
         environment,
         description,
         default=compute.image,
-        find=lambda name, digest: recall_image(client, name, digest),
+        find=lambda name, known: recall_image(client, name, known),
     )
 
 
@@ -154,11 +156,28 @@ def settle_bases(
 def _find_on_daemon(
     definition: ImageDefinition, compute: DockerComputeSpec, client: APIClient
 ) -> ImageIdentity | None:
+    """Return the image on the daemon, unless it is still to be put into the compute's registry.
+
+    That it is there already, the daemon does not tell: one with containerd's image store names a digest for
+    every tag, pushed or not. So the registry is asked, once per machine.
+    """
     if compute.registry is None:
         return local_image(client, _tag(definition, client))
-    found = local_image(client, _registry_name(definition, compute.registry, client))
-    # Tagged, but never pushed: the push failed, and is still to be done.
-    return found if found is not None and "@" in found.reference else None
+    reference = _registry_name(definition, compute.registry, client)
+    found = local_image(client, reference)
+    if found is None or found.digest is None:
+        return None
+    note = _pushed_note(reference, found.digest)
+    if not note.exists():
+        try:
+            theirs = seek_image(_registry_client(compute), reference)
+        except ComputeUnavailableError:
+            # Good enough to run on; the next step asks again.
+            return found if "@" in found.reference else None
+        if theirs is None or theirs.digest != found.digest:
+            return None
+        write_whole(note, reference)
+    return found
 
 
 def _pull_built(
@@ -172,7 +191,21 @@ def _pull_built(
     if seek_image(puller, reference) is None:
         return None
     pull_image(puller, reference, emit=emit)
-    return local_image(client, reference)
+    return _note_pushed(client, reference)
+
+
+def _note_pushed(client: APIClient, reference: str) -> ImageIdentity | None:
+    """Return the image that the daemon and the registry have as ``reference``; that they do is remembered."""
+    found = local_image(client, reference)
+    if found is not None and found.digest is not None:
+        write_whole(_pushed_note(reference, found.digest), reference)
+    return found
+
+
+def _pushed_note(reference: str, image: str) -> Path:
+    """Return the file that is there once this machine knows that the registry has the image."""
+    key = digest("pushed-image-v1", [reference, image])
+    return environments_directory() / "pushed" / key[:32]
 
 
 def build_and_push(
@@ -198,7 +231,7 @@ def build_and_push(
     repository, _, version = reference.rpartition(":")
     client.tag(tag, repository, version)
     push_image(_registry_client(compute), reference, conn_id=_conn_id(compute), emit=emit)
-    return local_image(client, reference) or found
+    return _note_pushed(client, reference) or found
 
 
 def _build_now(
@@ -231,12 +264,7 @@ def _build_now(
             f"The Docker daemon ended the build of {named} without an image. It was stopped, or has no room."
         )
     emit(f"Built image {tag} ({found.digest}) in {time.monotonic() - began:.1f} s")
-    unpinned, lines = count_unpinned(environment)
-    if unpinned:
-        emit(
-            f"{unpinned} of {lines} requirement lines name no exact version: what they came to is fixed by this "
-            "image, and not by its definition."
-        )
+    tell_unpinned(environment, emit)
     return found
 
 

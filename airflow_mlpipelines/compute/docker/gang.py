@@ -26,7 +26,7 @@ from airflow_mlpipelines.compute.docker.daemon import (
 from airflow_mlpipelines.compute.docker.failures import start_failure
 from airflow_mlpipelines.compute.docker.watch import ALIVE, ENDED
 from airflow_mlpipelines.compute.threads import in_parallel
-from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
+from airflow_mlpipelines.exceptions import ComputeUnavailableError
 from airflow_mlpipelines.runtime.nodes import GANG, TOKEN
 
 if TYPE_CHECKING:
@@ -47,31 +47,35 @@ _NO_ADDRESSES = "non-overlapping"
 
 
 def plan_nodes(
-    spec: ContainerSpec, launch: StepLaunch, compute: DockerComputeSpec
+    spec: ContainerSpec, launch: StepLaunch, gpus: Sequence[str]
 ) -> tuple[ContainerSpec, ...]:
     """Return what to ask of the daemon for every node of ``launch``, of which ``spec`` is any.
 
-    Raises:
-        StepFailedError: There are not as many GPUs as all nodes together ask for.
+    Each gets a share of ``gpus``, the ids of those for all of them.
     """
     hosts = [f"node-{node}" for node in range(launch.nodes)]
     token = secrets.token_hex(_TOKEN_BYTES)
     return tuple(
         replace(
             spec,
-            name=f"{spec.name}-{node}",
+            name=name,
             env={
                 **spec.env,
                 GANG: json.dumps({"node": node, "hosts": hosts, "wait_seconds": WAIT_SECONDS}),
             },
             secrets={**spec.secrets, TOKEN: token},
             labels={**spec.labels, NODE_LABEL: str(node), NODES_LABEL: str(launch.nodes)},
-            gpu_ids=_share_of_gpus(spec, launch, compute, node),
+            gpu_ids=tuple(gpus[node * spec.gpus : (node + 1) * spec.gpus]),
             network=spec.name,
             hostname=host,
         )
-        for node, host in enumerate(hosts)
+        for node, (host, name) in enumerate(zip(hosts, node_names(spec, launch), strict=True))
     )
+
+
+def node_names(spec: ContainerSpec, launch: StepLaunch) -> list[str]:
+    """Return the names of the containers of all nodes."""
+    return [f"{spec.name}-{node}" for node in range(launch.nodes)]
 
 
 def find_nodes(client: APIClient, step_run_id: str) -> list[dict[str, Any]]:
@@ -167,23 +171,3 @@ def remove_nodes(client: APIClient, step_run_id: str) -> None:
     for network in client.networks(filters=filters):
         with suppress(NotFound):
             client.remove_network(network["Id"])
-
-
-def _share_of_gpus(
-    spec: ContainerSpec, launch: StepLaunch, compute: DockerComputeSpec, node: int
-) -> tuple[str, ...]:
-    """Return the GPUs of one node: Docker hands out, but does not keep apart what it has handed out."""
-    if not spec.gpus:
-        return ()
-    if isinstance(compute.gpus, tuple):
-        every = compute.gpus
-    else:
-        every = tuple(str(number) for number in range(compute.gpus or spec.gpus * launch.nodes))
-    if len(every) < spec.gpus * launch.nodes:
-        raise StepFailedError(
-            launch.step_name,
-            f"it asks for {spec.gpus} GPUs on each of {launch.nodes} nodes, but compute {compute.name!r} has "
-            f"{len(every)} (its 'gpus')",
-            retryable=False,
-        )
-    return every[node * spec.gpus : (node + 1) * spec.gpus]

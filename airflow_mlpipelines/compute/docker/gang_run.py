@@ -19,11 +19,13 @@ from airflow_mlpipelines.compute.docker.daemon import (
 from airflow_mlpipelines.compute.docker.failures import end_failure
 from airflow_mlpipelines.compute.docker.gang import (
     find_survivors,
+    node_names,
     plan_nodes,
     remove_nodes,
     start_nodes,
     stop_nodes,
 )
+from airflow_mlpipelines.compute.docker.gpu_claims import claim_gpus
 from airflow_mlpipelines.compute.docker.logs import LogFollower
 from airflow_mlpipelines.compute.docker.watch import ContainerEnd, DaemonLostError, watch_container
 from airflow_mlpipelines.compute.gang_logs import GangLogs
@@ -68,18 +70,32 @@ class GangRun:
         """
         launch = self._launch
         try:
-            specs = plan_nodes(spec, launch, self._compute)
             containers = find_survivors(client, launch.step_run_id, handle)
-            if containers is None:
-                if self._killed:
-                    raise self._was_killed()
-                containers = start_nodes(client, launch, specs, handle, self._compute)
-                log.info("%s containers on network %s", len(containers), spec.name)
-            else:
-                log.info("Adopting %s containers of an earlier try, with their log:", len(specs))
-            if self._killed:  # a kill before now may have found no container
-                stop_nodes(self._compute, launch.step_run_id)
-            logs = self._attend(client, containers, emit, handle)
+            with claim_gpus(
+                client,
+                self._compute,
+                launch,
+                node_names(spec, launch),
+                adopted=None
+                if containers is None
+                else [find_container(client, each) for each in containers],
+                emit=emit,
+                cancelled=lambda: self._killed,
+            ) as claim:
+                specs = plan_nodes(spec, launch, claim.ids)
+                if containers is None:
+                    if self._killed:
+                        raise self._was_killed()
+                    containers = start_nodes(client, launch, specs, handle, self._compute)
+                    log.info("%s containers on network %s", len(containers), spec.name)
+                else:
+                    log.info(
+                        "Adopting %s containers of an earlier try, with their log:", len(specs)
+                    )
+                claim.started()
+                if self._killed:  # a kill before now may have found no container
+                    stop_nodes(self._compute, launch.step_run_id)
+                logs = self._attend(client, containers, emit, handle)
         finally:
             self._over.set()
         self._check(specs, logs)
@@ -135,9 +151,11 @@ class GangRun:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ended = logs.follow(left)
             if ended is None:
-                deadline = None
                 with suppress(ComputeUnavailableError, OSError):
                     stop_nodes(self._compute, self._launch.step_run_id)
+                deadline = (
+                    time.monotonic() + _FOLLOW_SECONDS
+                )  # a daemon that was away is asked again
             elif _code(ended[1]) != 0 and deadline is None and len(logs.ends) < count:
                 deadline = time.monotonic() + _FOLLOW_SECONDS
 

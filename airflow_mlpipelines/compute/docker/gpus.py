@@ -33,11 +33,6 @@ _NO_GPU = re.compile(
 )
 
 
-def chosen_gpus(compute: DockerComputeSpec, count: int) -> tuple[str, ...]:
-    """Return the ids of the GPUs for a step that asks for ``count``; none if the daemon shall choose."""
-    return compute.gpus[:count] if isinstance(compute.gpus, tuple) else ()
-
-
 def device_requests(count: int, ids: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return the GPUs as Docker's API wants them: by id where they have some, else by number."""
     named, others = _by_name(ids)
@@ -59,7 +54,7 @@ def check_gpus(step: str, client: APIClient, compute: DockerComputeSpec, count: 
     """
     info = client.info()
     daemon = daemon_url(compute)
-    ids = chosen_gpus(compute, count)
+    ids = compute.gpus if isinstance(compute.gpus, tuple) else ()  # any of them may be chosen
     named, others = _by_name(ids)
     if named:
         check_cdi_names(step, info, named, daemon)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.compute.docker.daemon import connect, unreachable
-from airflow_mlpipelines.compute.images import ImageIdentity, pinned_image, repository_of
+from airflow_mlpipelines.compute.docker.daemon import connect, daemon_url, unreachable
+from airflow_mlpipelines.compute.images import (
+    ImageIdentity,
+    ImageName,
+    is_same_repository,
+    pinned_image,
+    repository_of,
+)
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, EnvironmentBuildError
 
 if TYPE_CHECKING:
@@ -17,6 +26,13 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.compute.base import Emit
     from airflow_mlpipelines.definition.graph import DockerComputeSpec
 
+log = logging.getLogger(__name__)
+
+_ASK_SECONDS = 6
+_SLOW_SECONDS = 1.0
+_SILENT_SECONDS = 60.0
+_silent: dict[tuple[str, str], float] = {}
+"""By daemon and registry: until when one that let us wait in vain is not asked again by this process."""
 _DENIED = re.compile(r"denied|unauthorized|authentication required|no basic auth|forbidden", re.I)
 _ABSENT = re.compile(
     r"manifest unknown|not found|does not exist|no such image|invalid reference", re.I
@@ -27,23 +43,58 @@ _PROGRESS = frozenset({"Downloading", "Extracting", "Waiting", "Pushing", "Prepa
 
 
 def find_image(name: str, compute: DockerComputeSpec, *, timeout: int) -> ImageIdentity:
-    """Return what ``name`` stands for; where it can't be found out, the reason."""
+    """Return what ``name`` stands for; where it can't be found out, the reason.
+
+    An image that came from its registry is looked up there again: its tag may have moved. Where the registry
+    does not tell, the daemon's own counts, which the log says. One that was only ever made here stays that.
+    """
     pinned = pinned_image(name)
     if pinned is not None:
         return pinned
     try:
-        client = connect(compute, timeout=timeout)
-        local = local_image(client, name)
-        if local is not None:
+        local = local_image(connect(compute, timeout=timeout), name)
+        if local is None:
+            found = _ask_registry(name, compute, timeout=timeout)
+            problem = f"it is not on the Docker daemon, and {found.problem}"
+            return found if found.digest is not None else replace(found, problem=problem)
+        if not is_same_repository(local.reference, name):
             return local
-        conn_id = pull_conn_id(compute)
-        if conn_id is not None:
-            client = connect(compute, conn_id=conn_id, timeout=timeout)
-        return registry_image(client, name)
+        return _ask_again(name, compute, local)
     except ComputeUnavailableError as error:
         return ImageIdentity(name, None, str(error))
     except OSError as error:  # docker's and requests' errors are OSErrors
         return ImageIdentity(name, None, str(unreachable(compute, str(error))))
+
+
+def _ask_registry(name: str, compute: DockerComputeSpec, *, timeout: int) -> ImageIdentity:
+    client = connect(compute, conn_id=pull_conn_id(compute), timeout=timeout)
+    return registry_image(client, name)
+
+
+def _ask_again(name: str, compute: DockerComputeSpec, local: ImageIdentity) -> ImageIdentity:
+    """Return what the registry says of an image that the daemon has; the daemon's if it says nothing soon."""
+    place = (daemon_url(compute), ImageName.parse(name).registry)
+    began = time.monotonic()
+    if began < _silent.get(place, began):
+        found = ImageIdentity(name, None, f"the registry {place[1]} has not answered a moment ago")
+    else:
+        try:
+            found = _ask_registry(name, compute, timeout=_ASK_SECONDS)
+        except ComputeUnavailableError as error:
+            found = ImageIdentity(name, None, str(error))
+        if found.digest is not None:
+            return found
+        if time.monotonic() - began > _SLOW_SECONDS:
+            # A run has many images: it waits for this registry once.
+            _silent[place] = time.monotonic() + _SILENT_SECONDS
+    log.log(
+        logging.INFO if _ABSENT.search(found.problem or "") else logging.WARNING,
+        "The tag of image %r can't be looked up, and stands for what is on the Docker daemon (%s): %s",
+        name,
+        local.digest,
+        found.problem,
+    )
+    return local
 
 
 def pull_conn_id(compute: DockerComputeSpec) -> str | None:
@@ -53,6 +104,9 @@ def pull_conn_id(compute: DockerComputeSpec) -> str | None:
 
 def recall_image(client: APIClient, name: str, digest: str) -> ImageIdentity:
     """Return the image that ``name`` stood for when its digest was taken."""
+    local = local_image(client, name)
+    if local is not None and local.digest == digest:
+        return local
     if local_image(client, digest) is not None:
         return ImageIdentity(digest, digest)  # the id of one that is in no registry
     return ImageIdentity(f"{repository_of(name)}@{digest}", digest)
@@ -66,9 +120,8 @@ def local_image(client: APIClient, name: str) -> ImageIdentity | None:
         image = client.inspect_image(name)  # type: ignore[no-untyped-call]
     except NotFound:
         return None
-    repository = repository_of(name)
     references = sorted(image.get("RepoDigests") or ())
-    own = [reference for reference in references if repository_of(reference) == repository]
+    own = [reference for reference in references if is_same_repository(reference, name)]
     for reference in (*own, *references):
         return ImageIdentity(reference, reference.partition("@")[2])
     return ImageIdentity(image["Id"], image["Id"])
@@ -81,9 +134,7 @@ def registry_image(client: APIClient, name: str) -> ImageIdentity:
         digest = found["Descriptor"]["digest"]
     except (OSError, KeyError) as error:  # docker's and requests' errors are OSErrors
         said = getattr(error, "explanation", None) or str(error)
-        return ImageIdentity(
-            name, None, f"image {name!r} is not on the Docker daemon, and its registry says: {said}"
-        )
+        return ImageIdentity(name, None, f"the registry of image {name!r} says: {said}")
     return ImageIdentity(f"{repository_of(name)}@{digest}", digest)
 
 
@@ -118,20 +169,21 @@ def push_image(client: APIClient, name: str, *, conn_id: str | None, emit: Emit)
         for message in report_layers(
             client.push(repository, tag=tag, stream=True, decode=True), emit
         ):
-            raise _push_failure(name, message, conn_id)
+            raise push_failure(name, message, conn_id)
     except OSError as error:  # docker's and requests' errors are OSErrors
         said = getattr(error, "explanation", None) or str(error)
-        raise _push_failure(name, said, conn_id) from error
+        raise push_failure(name, said, conn_id) from error
     emit(f"Pushed image {name}")
 
 
-def _push_failure(
+def push_failure(
     name: str, said: str, conn_id: str | None
 ) -> EnvironmentBuildError | ComputeUnavailableError:
+    """Return the error that an image could not be put into its registry, and what to do about it."""
     if _DENIED.search(said):
-        who = f"The Airflow connection {conn_id!r}" if conn_id else "Nobody without a connection"
+        who = f"The Airflow connection {conn_id!r} may not" if conn_id else "Nobody unknown may"
         return EnvironmentBuildError(
-            f"The image {name!r} was built, but can't be pushed. {who} may not push there: name one that may as "
+            f"The image {name!r} was built, but can't be pushed. {who} push there: name a connection that may as "
             f"conn_id of the workspace's registry. The registry says: {said}"
         )
     return ComputeUnavailableError(

@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections import deque
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,15 @@ from airflow_mlpipelines.compute.docker.environments import (
 from airflow_mlpipelines.compute.docker.failures import end_failure, start_failure
 from airflow_mlpipelines.compute.docker.gang import find_survivors
 from airflow_mlpipelines.compute.docker.gang_run import GangRun
+from airflow_mlpipelines.compute.docker.gpu_claims import claim_gpus
 from airflow_mlpipelines.compute.docker.gpus import check_gpus
+from airflow_mlpipelines.compute.docker.hosts import (
+    OWNER_FILE,
+    Daemon,
+    DaemonHandle,
+    identify,
+    locate,
+)
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
     local_image,
@@ -86,7 +95,6 @@ _KILL_TIMEOUT = 1
 _LOG_END_SECONDS = 0.4
 _TAIL_LINES = 50
 _TAIL_CHARACTERS = 2000
-_OWNER_FILE = "docker-owner"
 
 
 class DockerLauncher(Launcher):
@@ -109,13 +117,18 @@ class DockerLauncher(Launcher):
         """The connection of the thread that runs the step; whoever interrupts it opens another one."""
         return connect(self._compute)
 
-    def check_resources(self, step: str, resources: ResourcesSpec) -> None:
+    @cached_property
+    def _daemon(self) -> Daemon:
+        return identify(self._client, self._compute)
+
+    def check_resources(self, step: str, resources: ResourcesSpec, *, nodes: int = 1) -> None:
         """Return, unless the step asks for GPUs that the daemon can't hand out.
 
         Raises:
             StepFailedError: It does.
             ComputeUnavailableError: The daemon does not answer.
         """
+        del nodes  # that there are as many is checked with the definition, and before the start
         if not resources.gpus:
             return
         client = self._client
@@ -210,11 +223,14 @@ class DockerLauncher(Launcher):
     def recover(self, step_run_id: str, handle: HandleStore) -> bool:
         """Return whether an earlier try's container is there to adopt, running or ended.
 
-        Any other container of this step run is removed.
+        Any other container of this step run is removed. If it is on another daemon than this worker's, that
+        is the launcher's from then on.
 
         Raises:
-            ComputeUnavailableError: The daemon does not answer.
+            ComputeUnavailableError: The daemon does not answer, or another worker's has the container and can't
+                be reached from here.
         """
+        self._go_to_survivor(step_run_id, handle)
         if self._find_survivor(self._client, step_run_id, handle) is not None:
             return True
         return find_survivors(self._client, step_run_id, handle) is not None
@@ -224,8 +240,8 @@ class DockerLauncher(Launcher):
 
         Raises:
             StepFailedError: It did not start, or ended with another exit code than 0.
-            ComputeUnavailableError: The daemon does not answer. A container that runs is left alone,
-                for the next try to adopt.
+            ComputeUnavailableError: The daemon does not answer, or another worker's has an earlier try's
+                container. A container that runs is left alone, for the next try to adopt.
         """
         tail: deque[str] = deque(maxlen=_TAIL_LINES)
 
@@ -233,9 +249,11 @@ class DockerLauncher(Launcher):
             tail.append(line[:_TAIL_CHARACTERS])
             emit(line)
 
+        self._go_to_survivor(launch.step_run_id, handle)
         self._claim(launch)
         try:
             client = self._client
+            handle = DaemonHandle(handle, self._daemon, launch.stage.root)
             user = self._compute.user or default_user(client)
             image = self._image_name or launch.image or ""
             spec = plan_container(launch, self._compute, image_name=image, user=user)
@@ -246,12 +264,25 @@ class DockerLauncher(Launcher):
                 self._gang.run(client, spec, emit=emit, handle=handle)
                 return
             survivor = self._find_survivor(client, spec.name, handle)
-            if survivor is None:
-                container = self._start(client, launch, spec, handle)
-            else:
-                container = str(survivor["Id"])
-                log.info("Adopting container %s of an earlier try, with its log so far:", spec.name)
-            end = self._attend(client, launch, container, hand_on, handle)
+            with claim_gpus(
+                client,
+                self._compute,
+                launch,
+                [spec.name],
+                adopted=None if survivor is None else [survivor],
+                emit=emit,
+                cancelled=lambda: self._killed,
+            ) as claim:
+                if survivor is None:
+                    spec = replace(spec, gpu_ids=claim.ids)
+                    container = self._start(client, launch, spec, handle)
+                    claim.started()
+                else:
+                    container = str(survivor["Id"])
+                    log.info(
+                        "Adopting container %s of an earlier try, with its log so far:", spec.name
+                    )
+                end = self._attend(client, launch, container, hand_on, handle)
         finally:
             self._name = None
             self._over.set()
@@ -280,9 +311,17 @@ class DockerLauncher(Launcher):
                 self._over.wait(_LOG_END_SECONDS)
                 remove_container(client, name)
 
+    def _go_to_survivor(self, step_run_id: str, handle: HandleStore) -> None:
+        """Take the daemon that an earlier try's containers are on, where a worker with another one had it."""
+        found = locate(step_run_id, self._compute, self._daemon, handle)
+        if found is not self._compute:
+            log.info("An earlier try's container is on the daemon at %s", found.docker_url)
+            self._compute = found
+            del self._client, self._daemon
+
     def _claim(self, launch: StepLaunch) -> None:
         """Note that this try owns the container from now on, so that none before it kills it."""
-        self._owner_file = launch.stage.root / _OWNER_FILE
+        self._owner_file = launch.stage.root / OWNER_FILE
         self._owner_file.write_text(self._token, encoding="utf-8")
         self._name = launch.step_run_id
 
@@ -331,6 +370,7 @@ class DockerLauncher(Launcher):
         except APIError as error:
             if not is_name_taken(error):
                 self._discard(client, spec.name)
+                handle.set(None)
             if not self._killed:  # else it was removed before it could start
                 raise start_failure(
                     launch.step_name, error, spec, daemon_url(self._compute)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
 from airflow_mlpipelines.compute.kubernetes.cluster import (
-    CONFLICT,
     PATIENCE_SECONDS,
+    UNREACHABLE,
     ClusterError,
     ClusterLostError,
 )
@@ -24,7 +24,8 @@ from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
     KILL_SECONDS,
     adoptable,
-    belongs_to,
+    create,
+    create_belonging,
     is_of,
     is_waiting,
 )
@@ -36,6 +37,7 @@ from airflow_mlpipelines.compute.kubernetes.pod import (
     pod_name,
     secret_manifest,
 )
+from airflow_mlpipelines.compute.kubernetes.removal import DELETE_SECONDS, Thing, delete_all
 from airflow_mlpipelines.compute.kubernetes.volumes import writes_in_place
 from airflow_mlpipelines.compute.kubernetes.watch import is_leaving
 from airflow_mlpipelines.compute.threads import in_parallel
@@ -59,7 +61,6 @@ _KEPT_SECONDS = 3600
 """How long the cluster keeps a Job that has ended while no worker was there."""
 _REMOVAL_SECONDS = 60.0
 _FORCED_REMOVAL_SECONDS = 15.0
-_PAUSE = 1.0
 _POLL_SECONDS = 0.2
 
 
@@ -139,26 +140,15 @@ def create_gang(cluster: Cluster, spec: GangSpec, token: str) -> Json:
     meta = spec.job["metadata"]
     owned = {**meta, "annotations": {**meta["annotations"], OWNER: token}}
     body = {**spec.job, "metadata": owned}
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return cluster.ask("POST", "jobs", body=body)
-        except ClusterError as error:
-            if error.status == CONFLICT:
-                found = cluster.find("jobs", spec.name)
-                if found is not None and belongs_to(found, token):
-                    return found  # an answer was lost on its way here
-                if found is not None and not is_of(found, spec.pod.step_run_id):
-                    raise ComputeUnavailableError(
-                        f"The name {spec.name!r} is taken by another Job in namespace {cluster.namespace!r}."
-                    ) from error
-                if found is not None:
-                    remove_gang(cluster, spec.pod.step_run_id)
-            elif not error.may_pass:
-                raise
-            if time.monotonic() > deadline:
-                raise ClusterLostError(str(error)) from error
-            time.sleep(_PAUSE)
+
+    def clear(found: Mapping[str, Any]) -> None:
+        if not is_of(found, spec.pod.step_run_id):
+            raise ComputeUnavailableError(
+                f"The name {spec.name!r} is taken by another Job in namespace {cluster.namespace!r}."
+            )
+        remove_gang(cluster, spec.pod.step_run_id)
+
+    return create(cluster, "jobs", body, token=token, clear=clear)
 
 
 def create_belongings(cluster: Cluster, spec: GangSpec, job: Mapping[str, Any]) -> None:
@@ -166,6 +156,7 @@ def create_belongings(cluster: Cluster, spec: GangSpec, job: Mapping[str, Any]) 
 
     Raises:
         ClusterError: The cluster refuses.
+        ClusterLostError: It does not answer.
     """
     meta = {
         "name": spec.name,
@@ -183,14 +174,8 @@ def create_belongings(cluster: Cluster, spec: GangSpec, job: Mapping[str, Any]) 
         },
     }
     secret = secret_manifest(spec.pod, {"apiVersion": "batch/v1", "kind": "Job", **job})
-    for kind, body in (("services", service), ("secrets", secret)):
-        try:
-            cluster.ask("POST", kind, body=body)
-        except ClusterError as error:
-            if error.status != CONFLICT:
-                raise
-            cluster.delete(kind, spec.name, seconds=0)  # of an earlier Job, not yet cleared away
-            cluster.ask("POST", kind, body=body)
+    create_belonging(cluster, "services", service)
+    create_belonging(cluster, "secrets", secret)
 
 
 def list_pods(cluster: Cluster, step_run_id: str, *, patience: float | None = None) -> Pods:
@@ -206,17 +191,12 @@ def list_pods(cluster: Cluster, step_run_id: str, *, patience: float | None = No
         ClusterLostError: It was away for longer than that.
     """
     selector = f"{STEP_RUN_LABEL}={label_value(step_run_id)},{INDEX}"
-    deadline = time.monotonic() + (patience or 0.0)
-    while True:
-        try:
-            found: Pods = cluster.ask("GET", "pods", query={"labelSelector": selector})["items"]
-            return sorted(found, key=node_of)
-        except ClusterError as error:
-            if patience is None or not error.may_pass:
-                raise
-            if time.monotonic() > deadline:
-                raise ClusterLostError(str(error)) from error
-        time.sleep(_PAUSE)
+    query = {"labelSelector": selector}
+    if patience is None:
+        found: Pods = cluster.ask("GET", "pods", query=query)["items"]
+    else:
+        found = cluster.ask_patiently("GET", "pods", query=query, patience=patience)["items"]
+    return sorted(found, key=node_of)
 
 
 def node_of(pod: Mapping[str, Any]) -> int:
@@ -268,19 +248,33 @@ def _is_of_use(pod: Mapping[str, Any], step_run_id: str, *, noted: bool, waits: 
     return waits and is_waiting(pod, step_run_id, uid)
 
 
-def discard_gang(cluster: Cluster, step_run_id: str, *, seconds: int = KILL_SECONDS) -> None:
+def discard_gang(
+    cluster: Cluster,
+    step_run_id: str,
+    *,
+    seconds: int = KILL_SECONDS,
+    patience: float = DELETE_SECONDS,
+) -> None:
     """Have all of a gang deleted, without waiting for it: its processes get ``seconds`` to end.
 
     Raises:
-        ClusterError: The cluster does not answer.
+        ClusterError: The cluster refuses, or did not answer for ``patience`` seconds.
     """
     name = pod_name(step_run_id)
-    names = [str(pod["metadata"]["name"]) for pod in list_pods(cluster, step_run_id)]
-    # Before the Job, with which they would go in their own time.
-    in_parallel(lambda each: cluster.again().delete("pods", each, seconds=seconds), names)
-    cluster.delete("jobs", name, seconds=0)
-    cluster.delete("services", name, seconds=0)
-    cluster.delete("secrets", name, seconds=0)
+    try:
+        pods = list_pods(cluster, step_run_id, patience=patience)
+    except ClusterLostError as error:
+        raise ClusterError(UNREACHABLE, str(error)) from error
+
+    def delete(pod: Mapping[str, Any]) -> None:
+        thing = Thing("pods", str(pod["metadata"]["name"]), seconds=seconds)
+        delete_all(cluster.again(), [thing], patience=patience)
+
+    try:
+        in_parallel(delete, pods)  # before the Job, with which they would go in their own time
+    finally:
+        rest = [Thing(kind, name) for kind in ("jobs", "services", "secrets")]
+        delete_all(cluster, rest, patience=patience)
 
 
 def remove_gang(cluster: Cluster, step_run_id: str) -> None:

@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import DetachedError
 from airflow_mlpipelines.compute.gang_logs import GangLogs
-from airflow_mlpipelines.compute.kubernetes.attending import TAIL_LINES, choose_stay
-from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError, ClusterLostError
+from airflow_mlpipelines.compute.kubernetes.cluster import (
+    PATIENCE_SECONDS,
+    ClusterError,
+    ClusterLostError,
+)
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews
 from airflow_mlpipelines.compute.kubernetes.failures import end_failure, lost_unseen
+from airflow_mlpipelines.compute.kubernetes.following import TAIL_LINES, choose_stay
 from airflow_mlpipelines.compute.kubernetes.gang import (
     await_gang_removal,
     create_belongings,
@@ -39,8 +43,10 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     take_over,
 )
 from airflow_mlpipelines.compute.kubernetes.logs import LogFollower, read_tail
-from airflow_mlpipelines.compute.kubernetes.pod import OWNER, STAGE, STEP
+from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
+from airflow_mlpipelines.compute.kubernetes.removal import patience_after
+from airflow_mlpipelines.compute.kubernetes.room import make_when_room
 from airflow_mlpipelines.compute.kubernetes.transfer import deliver
 from airflow_mlpipelines.compute.kubernetes.volumes import hand_over, look_again
 from airflow_mlpipelines.compute.kubernetes.watch import (
@@ -59,8 +65,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from airflow_mlpipelines.compute.base import Emit, StepLaunch
-    from airflow_mlpipelines.compute.kubernetes.attending import Stops
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
+    from airflow_mlpipelines.compute.kubernetes.following import Stops
     from airflow_mlpipelines.compute.kubernetes.gang import GangSpec, Pods
     from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
 
@@ -115,12 +121,23 @@ class GangAttendant:
             if self._stops.killed:
                 raise self._was_killed()
             hand_over(self._spec.pod)
-            self._prepare(create_gang(self._cluster, self._spec, self._token))
+            made = make_when_room(
+                lambda: create_gang(self._cluster, self._spec, self._token),
+                self._launch,
+                self._cluster.compute,
+                note=self._note,
+                until=self._stays_until,
+                is_stopped=lambda: self._stops.killed,
+            )
+            if made is None:
+                raise self._was_killed()
+            job, self._stops.look = made, lambda: made
+            self._prepare(job)
         else:
-            body = {"metadata": {"annotations": {OWNER: self._token}}}
-            self._cluster.ask("PATCH", f"jobs/{self._spec.name}", body=body)
+            job = take_over(self._cluster, "jobs", self._spec.name, self._token)
+            self._stops.look = lambda: job
             for pod in pods:  # from a trigger, which notes at them that they are its own
-                take_over(self._cluster, pod, self._token)
+                take_over(self._cluster, "pods", str(pod["metadata"]["name"]), self._token)
             if self._news is None:
                 log.info("Adopting Job %s of an earlier try, with its log so far:", self._spec.name)
             else:
@@ -161,9 +178,10 @@ class GangAttendant:
             in_parallel(self._deliver, [pod for pod in pods if not has_files(pod)])
         except DetachedError:
             raise
-        except BaseException:
+        except BaseException as error:
             with suppress(ClusterError):
-                discard_gang(cluster.again(), self._launch.step_run_id)
+                patience = patience_after(error)
+                discard_gang(cluster.again(), self._launch.step_run_id, patience=patience)
             self._note.set(None)
             raise
 
@@ -216,7 +234,10 @@ class GangAttendant:
         return pods
 
     def _attend(self, emit: Emit) -> GangLogs[PodEnd]:
-        """Return the logs with all nodes' ends; what the nodes made is on the worker, and the pods are removed."""
+        """Return the logs with all nodes' ends; what the nodes made is on the worker.
+
+        The pods are kept or removed, as a single one is.
+        """
         cluster, step_run_id = self._cluster, self._launch.step_run_id
         over = threading.Event()
         logs: GangLogs[PodEnd] | None = None
@@ -232,7 +253,8 @@ class GangAttendant:
             if self._left and not self._stops:
                 ends = (end.pod for end in logs.ends.values())
                 raise self._detach(ends, Awaited.END, self._positions)
-            job = cluster.find("jobs", self._spec.name)
+            over.set()  # what they have made takes its own time to be fetched
+            job, _ = cluster.find_patiently("jobs", self._spec.name, patience=PATIENCE_SECONDS)
             if job is not None and not belongs_to(job, self._token):
                 raise StepFailedError(
                     self._launch.step_name,
@@ -247,7 +269,7 @@ class GangAttendant:
                 own = cluster.again()
                 job = own.find("jobs", self._spec.name)
                 if job is not None and belongs_to(job, self._token):
-                    discard_gang(own, step_run_id)
+                    discard_gang(own, step_run_id, patience=patience_after(error))
                     if not isinstance(error, StepFailedError | ComputeUnavailableError):
                         await_gang_removal(own, step_run_id, seconds=_INTERRUPTED_SECONDS)
                 if job is None or belongs_to(job, self._token):
@@ -257,14 +279,16 @@ class GangAttendant:
             over.set()
             if logs is not None:
                 logs.close()
-        self._remove()
-        self._note.set(None)
+        self._settle(logs)
         return logs
+
+    def _has_succeeded(self, logs: GangLogs[PodEnd]) -> bool:
+        return not self._stops and all(_code(end) == 0 for end in logs.ends.values())
 
     def _fetch(self, logs: GangLogs[PodEnd]) -> None:
         """Bring to the worker what all nodes have made, and the end of the log of the one to blame."""
         cluster = self._cluster
-        succeeded = not self._stops and all(_code(end) == 0 for end in logs.ends.values())
+        succeeded = self._has_succeeded(logs)
         names = [str(end.pod["metadata"]["name"]) for _, end in sorted(logs.ends.items())]
         culprit = find_culprit(logs.ends)
         if self._news is not None and culprit is not None:
@@ -273,16 +297,21 @@ class GangAttendant:
             logs.tails[culprit].extend(read_tail(cluster, names[culprit], lines=TAIL_LINES))
         fetch_nodes(cluster, self._launch, self._spec.pod, names, with_outputs=succeeded)
 
-    def _remove(self) -> None:
-        """Remove pods whose ends are known, and of which nothing is needed any more."""
+    def _settle(self, logs: GangLogs[PodEnd]) -> None:
+        """Remove pods whose ends are known, unless what they have made may be needed once more."""
         cluster, step_run_id = self._cluster, self._launch.step_run_id
-        with suppress(ClusterError):  # what is left, the next try removes
+        if self._has_succeeded(logs) and not self._spec.pod.written:
+            return
+        try:
             discard_gang(cluster, step_run_id, seconds=1)
+        except ClusterError as error:  # what is left is removed by the next try, or by release()
+            log.warning("Job %s can't be removed: %s", self._spec.name, error)
         if self._spec.pod.written:  # only what can't change any more is digested
             remove_gang(cluster, step_run_id)
             look_again(self._launch.stage.outputs_root)
         elif self._stops and not await_gang_removal(cluster, step_run_id, seconds=_GONE_SECONDS):
             log.warning("Pods of Job %s are still ending", self._spec.name)
+        self._note.set(None)
 
     def _watch(self, pod: Mapping[str, Any], emit: Emit) -> PodEnd:
         """Return how a node has ended, or, without an end, how it is when this worker has stayed long enough."""

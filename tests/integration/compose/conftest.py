@@ -9,11 +9,10 @@ import pytest
 from tests.integration.compose.deployment import (
     BUILD_SECONDS,
     Deployment,
-    find_compose,
     find_programs,
     make_images,
 )
-from tests.parts import require_docker
+from tests.parts import find_compose, require_docker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +33,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     programs = find_programs()
     make_images(programs)
     folder: Path = tmp_path_factory.mktemp("compose")
-    made = Deployment(find_compose(programs), folder)
+    made = Deployment(find_compose(), folder)
     try:
         made.start()
         yield made

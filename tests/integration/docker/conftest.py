@@ -154,6 +154,11 @@ class DockerStep:
         remove_containers(self.name)
 
 
+@pytest.fixture(autouse=True)
+def _own_gpu_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLPIPELINES_GPU_LOCKS", str(tmp_path / "gpu-locks"))
+
+
 @pytest.fixture(scope="session")
 def image() -> str:
     require_docker()

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 
 from tests.integration.docker.cli import docker_cli, wait_until
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 USER, PASSWORD = "reader", "letmein"
+MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 HTPASSWD = "reader:$2y$05$T3.CB4tokmdLJTu.AGagDuxULMFpCLXRiRUkHpxjf.xP1.Et/F6mu"
 
 
@@ -60,6 +62,16 @@ class Registry:
         """Put an image of the daemon, whose name begins with the address, into the registry."""
         environment = {**os.environ, "DOCKER_CONFIG": str(self.config)}
         subprocess.run(["docker", "push", image], env=environment, check=True, capture_output=True)
+
+    def move_tag(self, digest: str) -> None:
+        """Let the image's tag mean another manifest of its repository, as a push from elsewhere does."""
+        manifests = f"http://{self.address}/v2/team/train/manifests"
+        with httpx.Client(auth=(USER, PASSWORD), trust_env=False) as client:
+            found = client.get(f"{manifests}/{digest}", headers={"Accept": MANIFEST})
+            done = client.put(
+                f"{manifests}/1", content=found.content, headers={"Content-Type": MANIFEST}
+            )
+        assert done.is_success, done.text
 
     @contextmanager
     def pulled(self) -> Iterator[str]:

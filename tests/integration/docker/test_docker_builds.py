@@ -427,6 +427,30 @@ def test_a_push_that_failed_is_made_up_for_without_building_again(
 
 
 @BUILT_BY_THE_DAEMON
+def test_a_digest_on_the_daemon_is_no_sign_that_the_registry_has_the_image(
+    workshop: Workshop,
+    wheels: Path,
+    registry: Registry,
+    shared: RegistrySpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environment = with_wheels(wheels)
+    image, _ = workshop.prepare(environment, shared)
+    # With containerd's image store, every tag has a digest; here it stays from what the registry has lost.
+    stored = registry.config / "data" / "docker" / "registry" / "v2" / "repositories"
+    shutil.rmtree(stored / shared.url.partition("/")[2])
+    assert workshop.prepare(environment, shared) == (image, [])  # this machine has pushed it
+    monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path / "another worker of the same daemon"))
+    again, lines = workshop.prepare(environment, shared)
+    assert again == image
+    assert any(line.startswith("Pushed image") for line in lines)
+    assert not any(line.startswith("Building") for line in lines)
+    forget_builds(registry)
+    assert workshop.prepare(environment, shared)[0] == image
+
+
+@BUILT_BY_THE_DAEMON
 def test_a_registry_that_does_not_answer_is_no_fault_of_the_environment(
     workshop: Workshop, wheels: Path
 ) -> None:

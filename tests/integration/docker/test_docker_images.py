@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
 import subprocess
 import tarfile
+import time
 import uuid
 from typing import TYPE_CHECKING
 
 import pytest
 
-from airflow_mlpipelines.compute.docker import DockerLauncher
+from airflow_mlpipelines.compute.docker import DockerLauncher, images
 from airflow_mlpipelines.definition.graph import DockerComputeSpec, EnvironmentSpec
 from airflow_mlpipelines.exceptions import EnvironmentBuildError
 from tests.integration.docker.conftest import docker_cli
-from tests.integration.docker.registry import PASSWORD, USER
+from tests.integration.docker.registry import (
+    HTPASSWD,
+    PASSWORD,
+    USER,
+    Registry,
+    docker_config,
+    serve_registry,
+)
 
 if TYPE_CHECKING:
-    from tests.integration.docker.registry import Registry
+    from pathlib import Path
 
 pytestmark = pytest.mark.docker
 CONN_ID = "test_registry"
@@ -63,6 +73,75 @@ def test_a_name_that_was_given_to_another_image_is_another_environment(
     registry.push("three")
     after = launcher.resolve_environment(environment)
     assert before.digest != after.digest
+
+
+def test_a_tag_that_moved_is_seen_though_the_daemon_has_an_old_copy(
+    registry: Registry, launcher: DockerLauncher
+) -> None:
+    environment = EnvironmentSpec(image=registry.image)
+    registry.push("two")
+    two = launcher.resolve_environment(environment)
+    registry.push("one")
+    with registry.pulled() as one:
+        before = launcher.resolve_environment(environment)
+        assert before.image == one
+        registry.move_tag(str(two.description["digest"]))
+        after = launcher.resolve_environment(environment)
+        assert (after.image, after.digest) == (two.image, two.digest)
+        prepared = launcher.prepare_environment(environment, after, emit=print)
+        assert docker_cli("inspect", "--format", "{{.Id}}", str(prepared.image))
+        # A run that was planned before keeps what it found.
+        recalled = launcher.recall_environment(environment, before.description)
+        assert recalled is not None
+        assert (recalled.image, recalled.digest) == (one, before.digest)
+
+
+def test_a_registry_that_is_away_is_waited_for_once_and_the_copy_on_the_daemon_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "htpasswd").write_text(HTPASSWD + "\n")
+    with serve_registry(tmp_path, f"htpasswd: {{realm: tests, path: '{tmp_path}/htpasswd'}}") as at:
+        (tmp_path / "config.json").write_text(docker_config(at))
+        other = Registry(at, tmp_path)
+        other.push("one")
+        environment = {**os.environ, "DOCKER_CONFIG": str(tmp_path)}
+        pull = ["docker", "pull", "-q", other.image]
+        subprocess.run(pull, env=environment, check=True, capture_output=True)
+    names = [other.image, other.image.replace(":1", ":2")]
+    docker_cli("tag", *names)
+    known = docker_cli("inspect", "--format", "{{index .RepoDigests 0}}", other.image)
+    launcher = DockerLauncher(DockerComputeSpec(name="d"))
+    try:
+        # Somebody listens there and says nothing, as behind a firewall.
+        with socket.create_server(("127.0.0.1", int(at.rpartition(":")[2]))):
+            began = time.monotonic()
+            found = [launcher.resolve_environment(EnvironmentSpec(image=name)) for name in names]
+            took = time.monotonic() - began
+        assert [item.image for item in found] == [known, known]
+        assert all(item.cacheable for item in found)
+        assert took < 2 * images._ASK_SECONDS
+        told = [record.getMessage() for record in caplog.records if record.name == images.__name__]
+        assert len(told) == 2
+        assert f"The tag of image '{names[0]}' can't be looked up" in told[0]
+        assert known.partition("@")[2] in told[0]
+    finally:
+        images._silent.clear()
+        other.forget()
+
+
+def test_an_image_that_was_made_here_is_asked_of_nobody(
+    image: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = f"127.0.0.1:9/mlpipelines-test/{uuid.uuid4().hex}:1"
+    docker_cli("tag", image, name)
+    try:
+        found = DockerLauncher(DockerComputeSpec(name="d")).resolve_environment(
+            EnvironmentSpec(image=name)
+        )
+    finally:
+        docker_cli("rmi", name)
+    assert found.cacheable
+    assert not caplog.records
 
 
 def test_a_run_gets_the_image_that_it_was_planned_with(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,7 @@ from airflow_mlpipelines.compute.docker import DockerLauncher
 from airflow_mlpipelines.compute.docker import gpus as docker_gpus
 from airflow_mlpipelines.compute.docker.container import make_container, plan_container
 from airflow_mlpipelines.compute.docker.daemon import connect
+from airflow_mlpipelines.compute.docker.gpu_claims import claim_gpus
 from airflow_mlpipelines.definition.graph import DockerComputeSpec, ResourcesSpec
 from airflow_mlpipelines.exceptions import MLPipelinesError, StepFailedError
 from tests.integration.docker.conftest import IMAGE, DockerStep, docker_cli, wait_until
@@ -126,7 +128,7 @@ def test_a_daemon_that_starts_the_probe_is_believed(
 @pytest.mark.parametrize(
     ("gpus", "request_"),
     [
-        (4, ("", 2, [], [["gpu"]])),
+        (4, ("", 0, ["0", "1"], [["gpu"]])),
         (("GPU-6a1c", "1", "2"), ("", 0, ["GPU-6a1c", "1"], [["gpu"]])),
         (
             ("nvidia.com/gpu=0", "nvidia.com/gpu=1"),
@@ -140,7 +142,10 @@ def test_the_daemon_is_asked_for_the_gpus_of_the_step(
     compute = DockerComputeSpec(name="d", image=IMAGE, gpus=gpus)
     launch = step.launch("true", resources=ResourcesSpec(gpus=2))
     spec = plan_container(launch, compute, image_name=IMAGE, user="0:0")
-    make_container(spec, connect(compute), uid=0)  # removed by the fixture; never started
+    client = connect(compute)
+    with claim_gpus(client, compute, launch, [spec.name], emit=print, cancelled=bool) as claim:
+        spec = replace(spec, gpu_ids=claim.ids)
+    make_container(spec, client, uid=0)  # removed by the fixture; never started
     (seen,) = step.inspect()["HostConfig"]["DeviceRequests"]
     kept = (seen["Driver"], seen["Count"], seen["DeviceIDs"], seen["Capabilities"])
     assert kept == request_

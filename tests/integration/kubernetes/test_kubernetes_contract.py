@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from airflow_mlpipelines.compute.kubernetes import KubernetesLauncher
+from airflow_mlpipelines.compute.kubernetes.pod import DEFAULT_UID
 from airflow_mlpipelines.definition.graph import KubernetesComputeSpec
 from tests.integration.kubernetes.steps import IMAGE, Look
 from tests.unit.compute.launcher_contract import LauncherContract, Workbench
+from tests.unit.compute.step_contract import StepBench, StepContract
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,14 +38,22 @@ class PodBench(Workbench):
 
 @pytest.mark.kubernetes
 @pytest.mark.usefixtures("_nothing_left")
-class TestKubernetesLauncher(LauncherContract):
+class TestKubernetesLauncher(LauncherContract, StepContract):
     namespace = "default"
+    unprivileged_uid = os.getuid() or DEFAULT_UID  # it needs no telling: a pod is never root's
 
     def make_launcher(self) -> Launcher:
         compute = KubernetesComputeSpec(
             name="cluster", image=IMAGE, namespace=self.namespace, in_cluster=False
         )
         return KubernetesLauncher(compute)
+
+    def find_left(self, step_run_id: str) -> list[str]:
+        return Look(self.kubeconfig, self.namespace, step_run_id).remove()
+
+    def touch(self, step_bench: StepBench, name: str) -> None:
+        look = Look(self.kubeconfig, self.namespace, step_bench.step_run_id)
+        look.execute("touch", f"/mlp/run/{name}")
 
     def make_bench(self, tmp_path: Path) -> Workbench:
         bench = PodBench(

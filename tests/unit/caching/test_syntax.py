@@ -155,7 +155,7 @@ def test_a_warning_about_the_source_stays_the_source_s():
 
 @pytest.mark.parametrize("version", ["3.12", "3.13", "3.14"])
 def test_other_pythons_give_the_same_form(version, tmp_path):
-    python = require_python(version, optional=version == "3.14")
+    python = require_python(version)
     source = tmp_path / "sample.py"
     source.write_text(SAMPLE)
     program = (

@@ -172,6 +172,7 @@ class Workbench:
             **options,
         )
         launcher.run(launch, emit=self._emit, handle=self.handle)
+        assert launcher.release(self.step_run_id, self.handle)
 
     def next_try(self) -> None:
         """Take a new launcher, as the next try of the same task instance does."""
@@ -273,6 +274,18 @@ class LauncherContract(ABC):
     @abstractmethod
     def make_launcher(self) -> Launcher:
         """Return a launcher for one try of one step run."""
+
+    def make_unprivileged_launcher(self) -> Launcher:
+        """Return a launcher whose programs run as :attr:`unprivileged_uid`."""
+        return self.make_launcher()
+
+    @property
+    def unprivileged_uid(self) -> int:
+        """Whom a program runs as that must not be root, as far as the compute has a choice.
+
+        A local one has none: its programs are the worker's own user, who must not be root then.
+        """
+        return os.getuid()
 
     def make_step_run_id(self, tmp_path: Path) -> str:
         """Return an id that no other test uses."""
@@ -400,6 +413,38 @@ class LauncherContract(ABC):
         )
         assert bench.stage.outputs["table"].read_text() == "a,bone"
         assert bench.stage.outputs["table"].stat().st_uid == os.getuid()
+
+    def test_a_program_that_is_not_root_may_write_all_that_is_its_own(
+        self, bench: Workbench
+    ) -> None:
+        bench.launcher = self.make_unprivileged_launcher()
+        bench.write("given.txt", "given")
+        bench.run(
+            """
+            import json, os, pathlib
+            home = pathlib.Path.home()
+            (home / ".cache").mkdir(exist_ok=True)
+            (home / ".cache" / "x").touch()
+            os.makedirs("outputs")
+            with open("given.txt", "a") as file:
+                file.write(", and changed")
+            output = os.environ["MLP_OUTPUT_TABLE"]
+            os.makedirs(output)
+            pathlib.Path(output, "part").write_text("made")
+            with open(os.environ["MLP_RUN_DIR"] + "/user", "w") as file:
+                json.dump([os.getuid(), os.geteuid()], file)
+            """,
+            env=self.home_variables(bench),
+        )
+        assert bench.read("user") == [self.unprivileged_uid] * 2
+        output = bench.stage.outputs["table"]
+        assert (output / "part").read_text() == "made"
+        shutil.rmtree(output)  # the worker may do with it what it likes
+
+    def home_variables(self, bench: Workbench) -> Mapping[str, str]:
+        """Return where a program finds its home, if the launcher does not give it one."""
+        del bench
+        return {}
 
     def test_the_runtime_package_is_importable(self, bench: Workbench) -> None:
         bench.run(

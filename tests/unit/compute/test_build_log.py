@@ -7,7 +7,7 @@ import re
 import pytest
 
 from airflow_mlpipelines.compute.build_failures import find_hint, is_network_failure
-from airflow_mlpipelines.compute.docker.builds import BuildLog
+from airflow_mlpipelines.compute.build_log import BuildLog
 from airflow_mlpipelines.exceptions import EnvironmentBuildError
 
 

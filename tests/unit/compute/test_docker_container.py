@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ from hypothesis import strategies as st
 
 from airflow_mlpipelines.compute.base import Stage, StepLaunch
 from airflow_mlpipelines.compute.container_layout import container_paths
+from airflow_mlpipelines.compute.docker import gpu_claims
 from airflow_mlpipelines.compute.docker.container import (
     ContainerSpec,
     plan_container,
     secrets_archive,
 )
 from airflow_mlpipelines.compute.docker.failures import end_failure, format_bytes, start_failure
+from airflow_mlpipelines.compute.docker.gpu_claims import claim_gpus
 from airflow_mlpipelines.compute.docker.gpus import check_cdi_names, device_requests, has_runtime
 from airflow_mlpipelines.compute.docker.images import (
     find_image,
@@ -107,8 +110,8 @@ def test_the_gpus_of_a_compute_are_not_taken_by_steps_that_ask_for_none(tmp_path
 @pytest.mark.parametrize(
     ("declared", "asked", "requests"),
     [
-        (4, 2, [{"Count": 2, "Capabilities": [["gpu"]]}]),
-        (None, 1, [{"Count": 1, "Capabilities": [["gpu"]]}]),
+        (4, 2, [{"DeviceIDs": ["0", "1"], "Capabilities": [["gpu"]]}]),
+        (None, 1, [{"DeviceIDs": ["0"], "Capabilities": [["gpu"]]}]),
         (("GPU-a", "1"), 2, [{"DeviceIDs": ["GPU-a", "1"], "Capabilities": [["gpu"]]}]),
         (("GPU-a", "GPU-b"), 1, [{"DeviceIDs": ["GPU-a"], "Capabilities": [["gpu"]]}]),
         (("nvidia.com/gpu=0",), 1, [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=0"]}]),
@@ -121,10 +124,16 @@ def test_gpus_are_asked_for_by_number_or_by_id(
     declared: int | tuple[str, ...] | None,
     asked: int | None,
     requests: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compute = DockerComputeSpec(name="d", gpus=declared)
-    spec = make_spec(tmp_path, compute, resources=ResourcesSpec(gpus=asked))
-    assert device_requests(spec.gpus, spec.gpu_ids) == requests
+    launch = make_launch(tmp_path, resources=ResourcesSpec(gpus=asked))
+    monkeypatch.setenv("MLPIPELINES_GPU_LOCKS", str(tmp_path / "locks"))
+    monkeypatch.setattr(gpu_claims, "machine_gpus", list)
+    with claim_gpus(
+        SimpleNamespace(), compute, launch, ["mlp-1"], emit=print, cancelled=bool
+    ) as claim:
+        assert device_requests(asked or 0, claim.ids) == requests
 
 
 CDI_0 = {"Source": "cdi", "ID": "nvidia.com/gpu=0"}
@@ -179,8 +188,7 @@ def test_what_a_daemon_says_of_itself_tells_of_gpus(info: dict[str, Any], known:
     ],
 )
 def test_a_gpu_that_the_host_lacks_is_named_and_not_tried_again(tmp_path: Path, said: str) -> None:
-    compute = DockerComputeSpec(name="d", gpus=("GPU-b",))
-    spec = make_spec(tmp_path, compute, resources=ResourcesSpec(gpus=1))
+    spec = replace(make_spec(tmp_path, resources=ResourcesSpec(gpus=1)), gpu_ids=("GPU-b",))
     error = start_failure("train", api_error(500, said), spec, "unix://x")
     assert isinstance(error, StepFailedError)
     assert not error.retryable

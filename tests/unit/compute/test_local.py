@@ -17,8 +17,11 @@ from airflow_mlpipelines.compute.processes import machine_identity, start_time
 from airflow_mlpipelines.definition.graph import LocalComputeSpec, ResourcesSpec
 from airflow_mlpipelines.exceptions import StepFailedError
 from tests.unit.compute.launcher_contract import LauncherContract, Workbench, wait_until
+from tests.unit.compute.step_contract import StepContract
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from airflow_mlpipelines.compute.base import Launcher
 
 DUMP_ENVIRONMENT = """
@@ -28,9 +31,18 @@ DUMP_ENVIRONMENT = """
 STOPS_A_WHILE = "print('go')\nimport beat; beat.beat('program')"
 
 
-class TestLocalLauncher(LauncherContract):
+class TestLocalLauncher(LauncherContract, StepContract):
+    # A process has its worker's rights: what it may change has to be its own.
+    input_mode = "download"
+    inputs_are_read_only = False
+
     def make_launcher(self) -> Launcher:
         return LocalLauncher(LocalComputeSpec(name="local"))
+
+    def home_variables(self, bench: Workbench) -> Mapping[str, str]:
+        home = bench.root / "home"
+        home.mkdir()
+        return {"HOME": str(home)}
 
 
 @pytest.fixture

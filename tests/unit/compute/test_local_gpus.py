@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -272,6 +274,31 @@ def test_a_step_that_asks_for_none_sees_none_where_gpus_are_declared(
     undeclared = machine.bench("undeclared", None)
     undeclared.run(PRINTS_ITS_GPUS)
     assert undeclared.lines == ["GPU-a"]
+
+
+@pytest.mark.parametrize("framework", ["pytorch", "tensorflow"])
+def test_each_node_of_a_gang_sees_gpus_of_its_own(machine: Machine, framework: str) -> None:
+    gpus = ("GPU-a", "GPU-b", "GPU-c", "GPU-d")
+    bench = machine.bench("gang", gpus)
+    bench.write("work.py", PRINTS_ITS_GPUS)
+    spec = {
+        "framework": framework,
+        "nodes": 2,
+        "processes_per_node": 2,
+        "parameter_servers": 0,
+    }
+    gang = [sys.executable, "-m", "airflow_mlpipelines.runtime.gang", json.dumps(spec)]
+    argv = [*gang, "--", sys.executable, "work.py"]
+    bench.start(argv=argv, nodes=2, resources=ResourcesSpec(gpus=2)).wait()
+
+    assert sorted(bench.lines) == [
+        "[rank 0] GPU-a,GPU-b",
+        "[rank 1] GPU-a,GPU-b",
+        "[rank 2] GPU-c,GPU-d",
+        "[rank 3] GPU-c,GPU-d",
+    ]
+    with pytest.raises(ComputeUnavailableError, match=r"asks for 4 GPUs.* can hand out 2"):
+        machine.bench("too few").launcher.check_resources("train", ResourcesSpec(gpus=2), nodes=2)
 
 
 def test_more_gpus_than_there_are_is_said_and_not_waited_for(

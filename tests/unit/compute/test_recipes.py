@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +186,22 @@ def test_local_files_go_along_and_the_lines_name_them_where_they_are(packages: P
     ]
 
 
+def test_local_files_of_the_pip_packages_in_a_conda_file_go_along_too(packages: Path) -> None:
+    wheel = packages / "wheels" / "tiny-1-py3-none-any.whl"
+    made = context(conda={"dependencies": ["python=3.12", {"pip": [f"tiny @ file://{wheel}"]}]})
+    place = "/opt/mlpipelines/environment/conda/1/local/0"
+    assert json.loads(text(made, "conda/environment.yaml"))["dependencies"] == [
+        "python=3.12",
+        {"pip": [f"tiny @ file://{place}/{wheel.name}"]},
+    ]
+    assert sorted(made.files) == [f"conda/1/local/0/{wheel.name}", "conda/environment.yaml"]
+    wheel.write_text("another wheel")
+    again = context(conda={"dependencies": ["python=3.12", {"pip": [f"tiny @ file://{wheel}"]}]})
+    assert again.digest != made.digest
+    with pytest.raises(EnvironmentBuildError, match="relative"):
+        context(conda={"dependencies": [{"pip": ["./own"]}]})
+
+
 def test_what_is_in_a_local_file_counts_and_not_where_it_lies(
     packages: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -211,6 +228,15 @@ def test_a_line_that_can_not_work_in_an_image_says_so(line: str, said: str) -> N
     with pytest.raises(EnvironmentBuildError, match=said) as error:
         context(pip=(line,))
     assert "hunter2" not in str(error.value)
+
+
+def test_a_secret_in_a_file_of_requirements_is_not_put_into_an_image(tmp_path: Path) -> None:
+    file = tmp_path / "requirements.txt"
+    file.write_text("rich\n--extra-index-url https://hunter2@example.com/simple\n")
+    for line in (f"-r {file}", f"--requirement={file}", f"-c {file}"):
+        with pytest.raises(EnvironmentBuildError, match=r"requirements\.txt has a URL") as error:
+            context(pip=(line,))
+        assert "hunter2" not in str(error.value)
 
 
 # ---- the context -------------------------------------------------------------------------------

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +19,9 @@ from airflow_mlpipelines.storage.stat_cache import StatCache
 from airflow_mlpipelines.storage.trees import digest_tree
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
+
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -118,12 +123,29 @@ def test_nothing_there_is_named(tmp_path):
         digest_tree(tmp_path / "nowhere")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file_is_named(tree):
-    (tree / "a.txt").chmod(0)
+@contextmanager
+def not_root() -> Iterator[None]:
+    """Act as a user who may not read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
-    with pytest.raises(DataError, match=r"a\.txt"):
-        digest_tree(tree)
+
+def test_an_unreadable_file_is_named():
+    # Not below pytest's own directory, which nobody else may enter.
+    with tempfile.TemporaryDirectory() as made:
+        os.chmod(made, 0o755)
+        file = Path(made) / "a.txt"
+        file.write_text("hello")
+        file.chmod(0)
+
+        with not_root(), pytest.raises(DataError, match=r"a\.txt.*Permission denied"):
+            digest_tree(Path(made))
 
 
 def test_a_file_that_cannot_be_opened_is_named(tree, monkeypatch):
