@@ -119,6 +119,29 @@ class S3Upload:
         return answer
 
 
+def list_unfinished(store: Store, place: str) -> dict[str, list[str]]:
+    """Return the ids of the uploads that were begun at and below a place, by key, the oldest first."""
+    filesystem: Any = store.filesystem
+    bucket, _, prefix = place.partition("/")
+    found: dict[str, list[tuple[str, str]]] = {}
+    marker: dict[str, str] = {}
+    with suppress(Exception):  # not every user may list them, and not every server can
+        while True:
+            page = filesystem.call_s3(
+                "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker
+            )
+            for item in page.get("Uploads", []):
+                begun = str(item.get("Initiated", "")), item["UploadId"]
+                found.setdefault(item["Key"], []).append(begun)
+            if not page.get("IsTruncated"):
+                break
+            marker = {
+                "KeyMarker": page["NextKeyMarker"],
+                "UploadIdMarker": page["NextUploadIdMarker"],
+            }
+    return {key: [upload_id for _, upload_id in sorted(ids)] for key, ids in found.items()}
+
+
 class AzureBlob:
     """One blob of Azure, which is sent in blocks: named by whoever sends them, and kept for a week until they are used.
 
