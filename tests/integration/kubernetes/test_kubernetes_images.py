@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from airflow_mlpipelines.definition.graph import EnvironmentSpec, RegistrySpec
+from airflow_mlpipelines.exceptions import StepFailedError
 from tests.integration.docker.cli import docker_cli
 from tests.integration.docker.registry import PASSWORD, USER, docker_config, registry
 from tests.integration.kubernetes.test_kubernetes_launcher import PodStep, step
@@ -114,6 +115,22 @@ def test_a_pod_is_pulled_by_the_digest_that_its_tag_had_when_the_run_was_planned
     prepared = launcher.prepare_environment(environment, planned, emit=print)
     lines = step.run("sh", "-c", "echo $TURN", launcher=launcher, image=prepared.image)
     assert lines == ["planned"]
+
+
+def test_an_image_that_the_registry_has_not_or_not_for_us_is_told_at_once(
+    step: PodStep, registry: Registry, shared: RegistrySpec
+) -> None:
+    there = push_turn(registry, "there")
+    absent = f"{registry.address}/team/no-such-401:1"
+    for image, secrets, told in (
+        (absent, (PULL_SECRET,), "not found"),
+        (there, (), "401 Unauthorized|no basic auth|authorization failed"),
+    ):
+        launcher = step.launcher(image_pull_secrets=secrets)
+        with pytest.raises(StepFailedError, match=f"{image}.*({told}).*image_pull_secrets") as no:
+            step.python("", launcher=launcher, image=image)
+        assert not no.value.retryable
+        assert step.handle.get() is None
 
 
 def call(folder: Path, *arguments: str) -> str:
