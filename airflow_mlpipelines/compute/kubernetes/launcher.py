@@ -43,6 +43,7 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     remove_pod,
 )
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, plan_pod, pod_name
+from airflow_mlpipelines.compute.kubernetes.pull_secrets import add_pull_secret
 from airflow_mlpipelines.compute.kubernetes.refusals import refusal
 from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
 from airflow_mlpipelines.compute.kubernetes.releasing import Owned, remove_owned
@@ -277,7 +278,7 @@ class KubernetesLauncher(Launcher):
         spec = plan_pod(launch, self._compute, image_name=image)
         if launch.carriage:
             spec = add_agent(spec, launch, self._compute)
-        spec = mount_shared(spec, launch, self._compute)
+        spec = mount_shared(add_pull_secret(spec, self._compute), launch, self._compute)
         self.carries_files = not works_with_stage(launch.stage, spec)
         if self._compute.pod_template_file is not None:
             try:

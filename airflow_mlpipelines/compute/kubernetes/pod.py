@@ -30,6 +30,8 @@ Json = dict[str, Any]
 STEP = "step"
 STAGE = "stage"
 OUTPUTS_KEEPER = "outputs"
+DOCKER_CONFIG = ".dockerconfigjson"
+"""The document of a Secret that nodes log in at registries with, as Kubernetes calls it."""
 OWNER = f"{LABEL_PREFIX}owner"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 DEFAULT_UID = 1000
@@ -64,7 +66,7 @@ class PodSpec:
         uid: Whom the step's files belong to in the pod.
         memory: Bytes.
         manifest: The pod, without what only this try knows.
-        documents: Files of the pod's Secret that helpers mount, by their names.
+        documents: Files of the pod's Secret that helpers mount, or that nodes read, by their names.
         shared: What the step has on volumes that the worker shares: ``inputs/<name>``, ``outputs``, and ``work`` for
             all that it works with. It is not copied.
         written: The directories on such volumes that the step writes to.
@@ -195,6 +197,8 @@ def secret_manifest(spec: PodSpec, owner: Mapping[str, Any]) -> Json:
     return {
         "apiVersion": "v1",
         "kind": "Secret",
+        # Nodes read no Secret of another type.
+        "type": "kubernetes.io/dockerconfigjson" if DOCKER_CONFIG in values else "Opaque",
         "metadata": {
             "name": spec.name,
             "labels": spec.manifest["metadata"]["labels"],

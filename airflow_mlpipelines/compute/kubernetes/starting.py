@@ -63,6 +63,8 @@ class Trouble(Enum):
     NO_IMAGE = 0.0
     NO_REGISTRY = 120.0
     """Or as long as the image had been pulled for before, if that is longer."""
+    NOT_ADMITTED = 20.0
+    """A registry refuses, and the pod's own credentials for it may come a moment after the pod."""
     BAD_CONFIG = 30.0
     NOT_MADE = 300.0
     """Mostly a container runtime that is busy, such as one that unpacks an image ("name is reserved")."""
@@ -124,7 +126,9 @@ def find_trouble(pod: Mapping[str, Any], name: str) -> Trouble | None:
     if reason in _NEVER_PULLED:
         return Trouble.NO_IMAGE
     if reason in _NOT_PULLED:
-        return Trouble.NO_IMAGE if _is_absent(said, _image(pod, name)) else Trouble.NO_REGISTRY
+        if not _is_absent(said, _image(pod, name)):
+            return Trouble.NO_REGISTRY
+        return Trouble.NOT_ADMITTED if _has_own_credentials(pod) else Trouble.NO_IMAGE
     if reason == _BAD_CONFIG:
         return Trouble.NOT_MADE if _NOT_READ.search(said) else Trouble.BAD_CONFIG
     return Trouble.NOT_MADE if reason in _NOT_MADE else None
@@ -153,7 +157,7 @@ def start_failure(
         if state == "terminated" and name == STAGE and facts.get("exitCode") != 0:
             return staging_failure(facts) or _not_staged(step, pod, facts, compute)
         trouble = find_trouble(pod, name)
-        if trouble in (Trouble.NO_IMAGE, Trouble.NO_REGISTRY):
+        if trouble in (Trouble.NO_IMAGE, Trouble.NO_REGISTRY, Trouble.NOT_ADMITTED):
             return _no_image(step, image, facts, trouble, compute, is_helper=name != STEP)
         if trouble is not None:
             return _not_made(step, name, facts, trouble)
@@ -208,6 +212,13 @@ def _is_absent(said: str, image: str) -> bool:
     return _ABSENT.search(_REFERENCES.sub("", said)) is not None
 
 
+def _has_own_credentials(pod: Mapping[str, Any]) -> bool:
+    """Return whether the pod pulls with a Secret that was made for it, which has its name (a Job's adds to it)."""
+    secrets = pod.get("spec", {}).get("imagePullSecrets") or ()
+    name = str(pod["metadata"]["name"])
+    return any(name.startswith(str(secret.get("name"))) for secret in secrets)
+
+
 def _image(pod: Mapping[str, Any], name: str) -> str:
     spec = pod.get("spec", {})
     for container in (*(spec.get("initContainers") or ()), *(spec.get("containers") or ())):
@@ -237,7 +248,7 @@ def _no_image(
     return StepFailedError(
         step,
         f"{which} can't be had on compute {compute.name!r} ({reason}): {said}. Check its name and tag, and the "
-        "compute's image_pull_secrets.",
+        "compute's image_conn_id or image_pull_secrets.",
         retryable=False,
     )
 
