@@ -9,6 +9,7 @@ import textwrap
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlpipelines.runtime.rendezvous import Ports
 from airflow_mlpipelines.runtime.stage import stage_runtime
 from tests.integration.docker.cli import docker_cli
 from tests.parts import missing
@@ -51,6 +52,12 @@ TELL_SECRET = """
     import os
     print("secret", os.environ["PASSWORD"][::-1], "MLP_GANG_TOKEN" in os.environ)
     """
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on now."""
+    with Ports(count) as ports:
+        return ports.numbers
 
 
 def launch_fields(

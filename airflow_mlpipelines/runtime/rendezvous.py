@@ -64,16 +64,30 @@ def gpus_of_node(node: int) -> dict[str, str]:
     }
 
 
-def free_ports(count: int, host: str = "") -> list[int]:
-    """Return ports that nobody listens on now. All are looked for at once, so that they differ."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind((host, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+class Ports:
+    """Ports that nobody listens on, kept from being given to anybody until the end of the block.
+
+    A socket that is bound and does not listen keeps the kernel from choosing its port for others. Whoever
+    listens with ``SO_REUSEADDR``, as PyTorch and TensorFlow do, may have it.
+    """
+
+    def __init__(self, count: int, host: str = "") -> None:
+        self._sockets = [socket.socket() for _ in range(count)]
+        try:
+            for each in self._sockets:
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                each.bind((host, 0))
+        except BaseException:
+            self.__exit__()
+            raise
+        self.numbers = [int(each.getsockname()[1]) for each in self._sockets]
+
+    def __enter__(self) -> Ports:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._sockets:
+            each.close()
 
 
 def _variables_of_pytorch(

@@ -140,10 +140,14 @@ def test_an_mpi_rank_that_fails_on_another_node_ends_all(step: DockerStep, mpi_i
             import os; os._exit(3)
         time.sleep(600)
         """
-    with pytest.raises(StepFailedError, match="node 0 of 2: exit code 3") as caught:
+    with pytest.raises(StepFailedError, match="node 1 of 2: exit code 3") as caught:
         step.run(gang(step, script, framework="mpi", image=mpi_image))
 
-    assert "[rank 1] out of data" in caught.value.log_tail
+    assert caught.value.log_tail[-2:] == (
+        "rank 1 of 2 ended with exit code 3; it ran on node 1 (node-1); all others were ended. "
+        "The end of its log:",
+        "  out of data",
+    )
     assert_nothing_left(step)
 
 
