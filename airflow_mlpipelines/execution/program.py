@@ -213,7 +213,7 @@ class StepProgram:
                 workplace,
                 self._step,
                 services.stores,
-                step_run_id=identity.step_run_id,
+                identity=identity,
                 cache=services.cache,
                 blobs=services.blobs,
                 note=finished,

@@ -68,7 +68,7 @@ class CacheSensor(BaseSensorOperator):
             super().execute(context)
         prefix = self.task_id[: -len(_SENSOR_TASK)]
         try:
-            plan = make_plan(self.graph, context, prefix)
+            plan = make_plan(self.graph, context, prefix, lambda line: self.log.info("%s", line))
         except DefinitionError as error:
             raise AirflowFailException(str(error)) from error
         context["ti"].xcom_push(key="plan", value=plan.to_dict())

@@ -6,9 +6,10 @@ What a lost or failed process has brought is noted in a journal beside the data,
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from airflow_mlpipelines.storage.parts import (
@@ -25,9 +26,10 @@ from airflow_mlpipelines.storage.s3_objects import find_objects
 from airflow_mlpipelines.storage.trees import combine_files, digest_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from airflow_mlpipelines.storage.listing import RemoteFile
+    from airflow_mlpipelines.storage.reading import ReadingProgress
     from airflow_mlpipelines.storage.stores import Store
 
 JOURNAL_SUFFIX = ".parts"
@@ -40,6 +42,8 @@ def download(
     files: Sequence[RemoteFile],
     kind: Literal["dir", "file"],
     target: Path,
+    *,
+    progress: ReadingProgress | None = None,
 ) -> str:
     """Return the digest of what was brought to ``target``, once all of it has come.
 
@@ -51,6 +55,7 @@ def download(
         files: What is there.
         kind: Which of both it is.
         target: Where it goes.
+        progress: Is told of what has come.
 
     Raises:
         DataError: It can't be read, or was changed meanwhile.
@@ -59,7 +64,7 @@ def download(
         store.translate_errors(path, "fetched"),
         PartsJournal(target.with_name(f"{target.name}{JOURNAL_SUFFIX}")) as journal,
     ):
-        return _Download(store, path, kind, target, journal).run(files)
+        return _Download(store, path, kind, target, journal, progress).run(files)
 
 
 class _Download:
@@ -70,12 +75,14 @@ class _Download:
         kind: Literal["dir", "file"],
         target: Path,
         journal: PartsJournal,
+        progress: ReadingProgress | None,
     ) -> None:
         self._store = store
         self._path = path
         self._kind = kind
         self._target = target
         self._journal = journal
+        self._progress = progress
         find_objects(store)  # once, before many threads want them
         # Where a file is one stream, as with SFTP, parts of it would each be opened anew.
         self._in_parts = store.protocol.whole_objects and store.protocol.ranges
@@ -83,6 +90,7 @@ class _Download:
         self._digests: dict[str, bytes] = {}
 
     def run(self, files: Sequence[RemoteFile]) -> str:
+        _drop_others(self._target, files, self._kind)
         if self._kind == "dir":
             for directory in {os.path.dirname(file.path) for file in files} | {""}:  # noqa: PTH120 - thousands of names
                 (self._target / directory).mkdir(parents=True, exist_ok=True)
@@ -115,6 +123,7 @@ class _Download:
                     self._journal.note(file, part)
                 if digest.add(part.number, data) == len(parts):
                     self._digests[file.path] = digest.digest()
+                self._count(part.size)
 
             yield bring
 
@@ -124,3 +133,28 @@ class _Download:
             self._store.filesystem.get_file(remote, local)
             self._journal.note(file, whole)
         self._digests[file.path] = digest_file(os.fsencode(local))
+        self._count(file.size)
+
+    def _count(self, size: int) -> None:
+        if self._progress is not None:
+            self._progress.add(size)
+
+
+def _drop_others(target: Path, files: Collection[RemoteFile], kind: Literal["dir", "file"]) -> None:
+    """Delete what an earlier attempt has brought of what the store listed then, and doesn't list now."""
+    if kind == "file":
+        if target.is_dir():
+            shutil.rmtree(target)
+        return
+    if not target.is_dir():
+        target.unlink(missing_ok=True)
+        return
+    listed = {os.path.normpath(file.path) for file in files}
+    parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
+    for directory, _, names in os.walk(target, topdown=False):
+        here = os.path.relpath(directory, target)
+        for name in names:
+            if os.path.normpath(f"{here}/{name}") not in listed:
+                os.unlink(f"{directory}/{name}")  # noqa: PTH108 - thousands of names
+        if here not in parents:
+            os.rmdir(directory)  # noqa: PTH106

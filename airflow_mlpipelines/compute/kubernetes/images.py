@@ -25,6 +25,7 @@ from airflow_mlpipelines.compute.images import (
     repository_of,
     resolve_image,
 )
+from airflow_mlpipelines.compute.kubernetes.pull_secrets import image_conn_ids
 from airflow_mlpipelines.compute.registries import find_digest, look_up_image, read_login
 from airflow_mlpipelines.definition.graph import DockerComputeSpec
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, EnvironmentBuildError
@@ -272,9 +273,7 @@ class PodImages:
 
     @property
     def _conn_ids(self) -> list[str]:
-        registry = self._compute.registry
-        conn_ids = (registry.conn_id if registry is not None else None, self._compute.image_conn_id)
-        return [conn_id for conn_id in conn_ids if conn_id is not None]
+        return image_conn_ids(self._compute)
 
     @property
     def _insecure(self) -> set[str]:

@@ -122,7 +122,21 @@ class TriedStep:
         return self._stores.default.read_bytes(path).decode()
 
     def words(self) -> set[str]:
-        return {line.rpartition("the word is ")[2] for line in self.lines if "word is" in line}
+        """Return the words that the workers of this process have told."""
+        return _find_words(self.lines)
+
+    def logged_words(self) -> set[str]:
+        """Return the words that the pods which are there, and were not told to go, have made up."""
+        api = self.look.api
+        lines: list[str] = []
+        for pod in self.look.pods():
+            if pod.metadata.deletion_timestamp is None:
+                name = pod.metadata.name
+                log = api.read_namespaced_pod_log(
+                    name, self.namespace, container="step", _preload_content=False
+                )
+                lines += log.data.decode().splitlines()
+        return _find_words(lines)
 
     @property
     def _stores(self) -> StoreSet:
@@ -169,6 +183,10 @@ class TriedStep:
                 may_detach=detach,
             ),
         )
+
+
+def _find_words(lines: list[str]) -> set[str]:
+    return {line.rpartition("the word is ")[2] for line in lines if "the word is" in line}
 
 
 def _hang(marker: Path) -> None:
