@@ -64,6 +64,27 @@ def test_the_compute_of_the_guide_to_kubernetes(load):
     assert spec.startup_timeout_seconds == 1800
 
 
+def test_the_builder_of_the_guide_to_environments(load):
+    spec = load("buildkit.yaml").compute_targets["cluster"].spec
+
+    assert isinstance(spec, KubernetesComputeSpec)
+    assert (spec.buildkit_host, spec.buildkit_tls) == (
+        "tcp://buildkitd.ml.svc:1234",
+        "/etc/buildkit",
+    )
+
+
+def test_the_models_of_the_guide_to_gpus(load):
+    computes = load("gpus.yaml").compute_targets
+    labels = {name: each.spec.gpu_type_label for name, each in computes.items() if name != "local"}
+
+    assert labels == {
+        "gke": "cloud.google.com/gke-accelerator",
+        "aks": "node.kubernetes.io/instance-type",
+        "amd": "amd.com/gpu.product-name",
+    }
+
+
 @pytest.mark.parametrize("name", ["airflow.cfg", "cache.cfg"])
 def test_settings_are_known_by_these_names(name):
     made = read_settings(name)
