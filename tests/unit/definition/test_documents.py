@@ -64,6 +64,16 @@ def test_the_compute_of_the_guide_to_kubernetes(load):
     assert spec.startup_timeout_seconds == 1800
 
 
+def test_the_builder_of_the_guide_to_environments(load):
+    spec = load("buildkit.yaml").compute_targets["cluster"].spec
+
+    assert isinstance(spec, KubernetesComputeSpec)
+    assert (spec.buildkit_host, spec.buildkit_tls) == (
+        "tcp://buildkitd.ml.svc:1234",
+        "/etc/buildkit",
+    )
+
+
 @pytest.mark.parametrize("name", ["airflow.cfg", "cache.cfg"])
 def test_settings_are_known_by_these_names(name):
     made = read_settings(name)
