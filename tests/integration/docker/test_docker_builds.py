@@ -248,7 +248,6 @@ def make_deb(directory: Path) -> bytes:
     return (directory / "tool.deb").read_bytes()
 
 
-@BUILT_BY_THE_DAEMON
 def test_apt_packages_are_installed(workshop: Workshop, tmp_path: Path) -> None:
     deb = make_deb(tmp_path)
     index = "Package: mlp-tool\nVersion: 1.0\nArchitecture: all\nFilename: ./tool.deb\n"
@@ -364,7 +363,6 @@ def forget_builds(registry: Registry) -> None:
         docker_cli("rmi", "-f", *found)
 
 
-@BUILT_BY_THE_DAEMON
 def test_what_one_machine_built_another_one_pulls(
     workshop: Workshop, wheels: Path, registry: Registry, shared: RegistrySpec
 ) -> None:
@@ -458,7 +456,6 @@ def test_a_registry_that_does_not_answer_is_no_fault_of_the_environment(
         workshop.prepare(with_wheels(wheels), RegistrySpec(url="127.0.0.1:9/team/env"))
 
 
-@BUILT_BY_THE_DAEMON
 def test_two_machines_with_one_metadata_database_build_an_image_once(
     workshop: Workshop, shared: RegistrySpec, tmp_path: Path
 ) -> None:
