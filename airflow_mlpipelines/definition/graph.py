@@ -149,6 +149,8 @@ class KubernetesComputeSpec(SpecModel):
         security_context: By Kubernetes' own names, those of a pod and those of a container together. What
             it leaves open is as for a user without rights: not root, no capabilities.
         gpu_resource: What the cluster calls its GPUs.
+        gpu_type_label: The node label that names the model of a node's GPUs; None is ``<gpu_resource>.product``, which
+            NVIDIA's feature discovery sets.
         pod_template_file: A Pod manifest on the worker that a step's pod is laid over.
         queue: The Kueue queue that pods wait in.
         startup_timeout_seconds: How long images may be pulled for, once a node was found.
@@ -186,6 +188,7 @@ class KubernetesComputeSpec(SpecModel):
     ephemeral_storage: int | None = None
     gpus: int | None = None
     gpu_resource: str = "nvidia.com/gpu"
+    gpu_type_label: str | None = None
     shm_size: int | None = None
     pod_template_file: str | None = None
     registry: RegistrySpec | None = None
@@ -374,12 +377,14 @@ class DistributedSpec(SpecModel):
         nodes: Machines.
         processes_per_node: Processes on each; for TensorFlow, its workers.
         parameter_servers: TensorFlow's, beside the workers.
+        chief: Whether TensorFlow's cluster has a chief of its own, which coordinates the workers.
     """
 
     framework: Literal["mpi", "pytorch", "tensorflow"]
     nodes: int = 1
     processes_per_node: int = 1
     parameter_servers: int = 0
+    chief: bool = False
 
 
 class StepSpec(SpecModel):

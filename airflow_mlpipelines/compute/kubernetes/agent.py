@@ -21,7 +21,7 @@ from airflow_mlpipelines.storage.artifact import Artifact
 from airflow_mlpipelines.storage.portable import describe_store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from airflow_mlpipelines.compute.base import Emit, StepLaunch
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
@@ -105,7 +105,13 @@ def make_job(launch: StepLaunch) -> Job:
 
 
 def commit(
-    cluster: Cluster, pod: str, launch: StepLaunch, *, emit: Emit, with_outputs: bool
+    cluster: Cluster,
+    pod: str,
+    launch: StepLaunch,
+    *,
+    emit: Emit,
+    with_outputs: bool,
+    heard: Callable[[], None] = lambda: None,
 ) -> None:
     """Have the agent commit what the step has made, and note it in the launch's carriage.
 
@@ -117,6 +123,7 @@ def commit(
         launch: The step run.
         emit: Takes the agent's lines.
         with_outputs: False for a step that failed: only ``./outputs`` and ``./logs`` are kept then.
+        heard: Called whenever the agent lets us know that it is at work.
 
     Raises:
         DataError: An output was not made, is of the wrong kind, or can't be sent.
@@ -126,6 +133,7 @@ def commit(
     made: Json | None = None
     with Channel(cluster, pod, OUTPUTS_KEEPER, [*_AGENT, verb, _JOB_FILE]) as channel:
         for message in _messages(channel):
+            heard()
             if "say" in message:
                 emit(str(message["say"]))
             elif "error" in message:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from airflow_mlpipelines.compute.kubernetes.channel import ChannelError
+from airflow_mlpipelines.compute.kubernetes.channel import ChannelError, CommandError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -75,7 +75,7 @@ def make_entries(stage: Stage, spec: PodSpec) -> list[Entry]:
     """Return all that the pod gets, as the user that it runs as.
 
     Raises:
-        ChannelError: There is something that is neither a file nor a directory.
+        CommandError: There is something that is neither a file nor a directory.
     """
     return [_entry(member, spec) for member in stage_members(stage, spec.shared)]
 
@@ -91,14 +91,17 @@ def unpack(archive: tarfile.TarFile, target: Path) -> None:
     Symbolic links stay as the program made them; nothing is written through them, or elsewhere.
 
     Raises:
-        ChannelError: An entry would lie outside.
+        CommandError: An entry would lie outside.
+        ChannelError: It has arrived damaged.
     """
     try:
         archive.extractall(target, filter=_own)  # noqa: S202 - the filter keeps it inside
-    except (tarfile.FilterError, tarfile.TarError) as error:
-        raise ChannelError(
+    except tarfile.FilterError as error:
+        raise CommandError(
             f"the pod has sent an archive that can't be unpacked: {error}"
         ) from error
+    except tarfile.TarError as error:
+        raise ChannelError(f"a damaged archive has arrived: {error}") from error
 
 
 def _tree(name: str, root: Path) -> Iterator[Member]:
@@ -125,7 +128,7 @@ def _entry(member: Member, spec: PodSpec) -> tuple[tarfile.TarInfo, Path | None]
             # Of an archive of its own, so that a second hard link to a file becomes a file of its own.
             info = nowhere.gettarinfo(path, member.name)
         if not (info.isreg() or info.isdir() or info.issym()):
-            raise ChannelError(
+            raise CommandError(
                 f"{path} is neither a file nor a directory: it can't be sent to a pod"
             )
         # Whom the worker may read for may be somebody else there.
@@ -154,7 +157,7 @@ def write_archive(entries: Iterable[Entry]) -> Iterator[bytes]:
                 while left:
                     data = file.read(min(_BUFFER, left))
                     if not data:
-                        raise ChannelError(f"{path} became shorter while it was sent")
+                        raise CommandError(f"{path} became shorter while it was sent")
                     left -= len(data)
                     yield rest + data
                     rest = b""

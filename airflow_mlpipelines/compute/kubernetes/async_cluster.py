@@ -15,6 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
+from airflow_mlpipelines.compute.kubernetes.access import configure
 from airflow_mlpipelines.compute.kubernetes.cluster import (
     CONFLICT,
     CONNECT_SECONDS,
@@ -22,7 +23,6 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     UNAUTHORIZED,
     UNREACHABLE,
     ClusterError,
-    configure,
     locate,
 )
 

@@ -9,9 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import DetachedError
+from airflow_mlpipelines.compute.kubernetes.channel import CommandError
 from airflow_mlpipelines.compute.kubernetes.cluster import (
+    PATIENCE_SECONDS,
     ClusterError,
     ClusterLostError,
+    PodUnreachableError,
 )
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews
 from airflow_mlpipelines.compute.kubernetes.failures import (
@@ -37,6 +40,7 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
 from airflow_mlpipelines.compute.kubernetes.logs import read_tail
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.removal import patience_after
+from airflow_mlpipelines.compute.kubernetes.room import make_when_room
 from airflow_mlpipelines.compute.kubernetes.transfer import collect, deliver
 from airflow_mlpipelines.compute.kubernetes.volumes import (
     hand_over,
@@ -133,10 +137,21 @@ class PodAttendant:
             if self._stops.killed:
                 raise was_killed(self._launch)
             hand_over(self._spec)
-            pod = create_pod(self._cluster, self._spec, self._token)
+            made = make_when_room(
+                lambda: create_pod(self._cluster, self._spec, self._token),
+                self._launch,
+                self._cluster.compute,
+                note=self._note,
+                until=self._follower.stays_until,
+                is_stopped=lambda: self._stops.killed,
+            )
+            if made is None:
+                raise was_killed(self._launch)
+            pod, self._stops.look = made, lambda: made
             self._prepare(pod, is_new=True)
         else:
-            take_over(self._cluster, pod, self._token)
+            own = take_over(self._cluster, "pods", self._spec.name, self._token)
+            self._stops.look = lambda: own
             if self._news is None:
                 log.info("Adopting pod %s of an earlier try, with its log so far:", self._spec.name)
             else:
@@ -214,6 +229,7 @@ class PodAttendant:
                     target=self._follower.enforce_timeout, args=arguments, daemon=True
                 ).start()
             end = self._follower.follow(pod, emit)
+            over.set()  # what it has made takes its own time to be fetched
             if not belongs_to(end.pod, self._token):
                 raise _AdoptedByAnotherError
             self._fetch(end, emit)
@@ -275,14 +291,17 @@ class PodAttendant:
             return  # all of it is where the worker sees it
         try:
             collect(self._cluster, spec, self._launch, emit=emit, with_outputs=succeeded)
-        except ClusterError as error:
-            if succeeded and self._cluster.find("pods", spec.name) is None:
+        except (ClusterError, PodUnreachableError) as error:
+            found, _ = self._cluster.find_patiently("pods", spec.name, patience=PATIENCE_SECONDS)
+            if succeeded and found is None:
                 raise lost_unseen(self._launch.step_name, end.pod) from error
-            if succeeded:
+            if succeeded and isinstance(error, CommandError):
                 raise StepFailedError(
                     self._launch.step_name,
                     f"it ended well, but its outputs can't be fetched from its pod: {error}",
                 ) from error
+            if succeeded:
+                raise
             log.warning("The files of pod %s can't be fetched: %s", spec.name, error)
 
     def _await_removal(self, cluster: Cluster, pod: Mapping[str, Any], seconds: float) -> None:

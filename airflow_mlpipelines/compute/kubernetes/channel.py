@@ -1,33 +1,50 @@
 """Running a command in a container of a pod, with its three streams over one WebSocket.
 
 The client's own ``WSClient`` waits with ``poll()`` for a socket whose data may have been decrypted
-already, and so can wait beside an answer; here its socket is read directly, with a limit to silence.
+already, and so can wait beside an answer; and it connects without any limit of time. So the socket is opened and
+read here, with a limit to silence.
 """
 
 from __future__ import annotations
 
 import json
+import ssl
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode, urlsplit
 
-from airflow_mlpipelines.compute.kubernetes.cluster import UNREACHABLE, ClusterError
+from airflow_mlpipelines.compute.kubernetes.cluster import (
+    FORBIDDEN,
+    UNAUTHORIZED,
+    UNREACHABLE,
+    ClusterError,
+    locate,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from kubernetes.client import Configuration
 
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 _STATUS = 3
+_PROTOCOLS = ("v5.channel.k8s.io", "v4.channel.k8s.io")
+_CONNECT_SECONDS = 30.0
 _SILENCE_SECONDS = 60.0
 _CHUNK = 128 << 10
 _SHOWN = 500
 
 
 class ChannelError(ClusterError):
-    """The connection broke, or the command ended badly: what it has done is not to be relied on."""
+    """There was no connection, or it broke: what the command has done is not to be relied on."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(UNREACHABLE, message)
+    def __init__(self, message: str, *, status: int = UNREACHABLE) -> None:
+        super().__init__(status, message)
+
+
+class CommandError(ChannelError):
+    """The command ended badly, or what it was to carry can't be carried: no connection is to blame."""
 
 
 class Channel:
@@ -47,30 +64,10 @@ class Channel:
         Raises:
             ChannelError: There is no such container running, or nobody answers.
         """
-        from kubernetes.client import ApiException, CoreV1Api
-        from kubernetes.stream import stream
-
-        # stream() changes the client while it connects: it gets one that no other thread uses.
-        api = CoreV1Api(cluster.again().client)
-        try:
-            opened = stream(
-                api.connect_get_namespaced_pod_exec,
-                pod,
-                cluster.namespace,
-                container=container,
-                command=list(command),
-                stdin=True,
-                stdout=True,
-                stderr=True,
-                tty=False,
-                binary=True,
-                _preload_content=False,
-            )
-        except (ApiException, AttributeError) as error:
-            # The client trips over an error that came without a body.
-            cause = error if isinstance(error, ApiException) else error.__context__
-            raise ChannelError(str(getattr(cause, "reason", cause))[:_SHOWN]) from error
-        self._socket: Any = opened.sock
+        words = [("container", container), *(("command", word) for word in command)]
+        streams = [(name, "true") for name in ("stdin", "stdout", "stderr")]
+        path = f"{locate(cluster.namespace, f'pods/{pod}/exec')}?{urlencode(words + streams)}"
+        self._socket = cluster.with_credentials(lambda access: _connect(access, path))
         self._socket.settimeout(silence)
         self._said = b""
         self._status: dict[str, Any] | None = None
@@ -130,4 +127,69 @@ class Channel:
         if self._status is None:
             raise ChannelError(f"the connection was closed. {self.said[:_SHOWN]}")
         if self._status.get("status") != "Success":
-            raise ChannelError(f"{self._status.get('message')}. {self.said[:_SHOWN]}")
+            ended = self._status.get("reason") == "NonZeroExitCode"  # else it was not even begun
+            kind = CommandError if ended else ChannelError
+            raise kind(f"{self._status.get('message')}. {self.said[:_SHOWN]}")
+
+
+def _connect(configuration: Configuration, path: str) -> Any:
+    """Return an open connection to where the API server has ``path``.
+
+    Raises:
+        ChannelError: The API server refuses, or nobody answers.
+    """
+    from requests.utils import should_bypass_proxies
+    from websocket import WebSocket, WebSocketBadStatusException, WebSocketException
+
+    options: dict[str, Any] = {"timeout": _CONNECT_SECONDS, "subprotocols": list(_PROTOCOLS)}
+    headers = {}
+    for setting in configuration.auth_settings().values():
+        if setting["in"] == "header" and setting["value"]:
+            headers[setting["key"]] = setting["value"]
+    options["header"] = headers
+    host = str(configuration.host).rstrip("/")
+    if configuration.proxy and not should_bypass_proxies(
+        host, no_proxy=configuration.no_proxy or ""
+    ):
+        proxy = urlsplit(configuration.proxy)
+        options |= {"http_proxy_host": proxy.hostname, "http_proxy_port": proxy.port}
+        if proxy.username:
+            options["http_proxy_auth"] = (proxy.username, proxy.password or "")
+    socket: Any = WebSocket(sslopt=_security(configuration), skip_utf8_validation=True)
+    try:
+        socket.connect(f"ws{host.removeprefix('http')}{path}", **options)
+    except WebSocketBadStatusException as error:
+        socket.shutdown()
+        # Any other refusal may be of the node's kubelet, and of this moment.
+        kept = error.status_code if error.status_code in (UNAUTHORIZED, FORBIDDEN) else UNREACHABLE
+        raise ChannelError(_refusal(error), status=kept) from error
+    except (OSError, ValueError, WebSocketException) as error:
+        socket.shutdown()
+        raise ChannelError(f"no connection: {error}"[:_SHOWN]) from error
+    return socket
+
+
+def _security(configuration: Configuration) -> dict[str, Any]:
+    """Return how the connection is to be secured, as the client secures its own."""
+    if not configuration.verify_ssl:
+        options: dict[str, Any] = {"cert_reqs": ssl.CERT_NONE, "check_hostname": False}
+    else:
+        options = {"cert_reqs": ssl.CERT_REQUIRED}
+        if configuration.ssl_ca_cert:
+            options["ca_certs"] = configuration.ssl_ca_cert
+        if configuration.assert_hostname is False:
+            options["check_hostname"] = False
+    if configuration.cert_file:
+        options |= {"certfile": configuration.cert_file, "keyfile": configuration.key_file}
+    if configuration.tls_server_name:
+        options["server_hostname"] = configuration.tls_server_name
+    return options
+
+
+def _refusal(error: Any) -> str:
+    """Return what the API server says, without the HTTP around it."""
+    try:
+        said = str(json.loads(error.resp_body)["message"])
+    except (TypeError, ValueError, KeyError):
+        said = str(error)
+    return said[:_SHOWN]

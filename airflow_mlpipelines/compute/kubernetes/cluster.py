@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from copy import copy
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from airflow_mlpipelines.compute.kubernetes.access import Access, configure
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from kubernetes.client import ApiClient, Configuration
     from urllib3.response import HTTPResponse
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.definition.graph import KubernetesComputeSpec
 
 Json = dict[str, Any]
+Answer = TypeVar("Answer")
 PATIENCE_SECONDS = 600.0
 """How long the API server may be away before a step gives up on it."""
 CONNECT_SECONDS = 10.0
@@ -35,7 +36,8 @@ _TOO_MANY_REQUESTS = 429
 _SERVER_ERROR = 500
 _ANSWER_SECONDS = 30.0
 _LONGEST_PAUSE = 2.0
-_configuring = threading.Lock()
+_RENEWAL_SECONDS = 120.0
+"""How long credentials that were taken once may be refused: whoever renews them may come late."""
 
 
 class ClusterError(Exception):
@@ -59,30 +61,51 @@ class ClusterLostError(Exception):
     """The API server has not answered for longer than a step waits for it."""
 
 
+class PodUnreachableError(ClusterLostError):
+    """The API server answers, but for longer than a step waits, nothing got through to a pod that runs."""
+
+
 class Cluster:
     """One thread's connection to the namespace of a compute."""
 
-    def __init__(self, compute: KubernetesComputeSpec, configuration: Configuration) -> None:
-        from kubernetes.client import ApiClient
+    def __init__(self, access: Access, *, hurried: bool = False) -> None:
+        self.compute = access.compute
+        self.namespace = access.compute.namespace
+        self._access = access
+        self._is_hurried = hurried
+        self._client: tuple[Configuration, ApiClient] | None = None
 
-        self.compute = compute
-        self.namespace = compute.namespace
-        self._configuration = configuration
-        self._client: ApiClient = ApiClient(configuration=configuration)
+    def again(self, *, hurried: bool = False) -> Cluster:
+        """Return another connection to the same, for another thread or a signal handler.
 
-    def again(self) -> Cluster:
-        """Return another connection to the same, for another thread or a signal handler."""
-        return Cluster(self.compute, self._configuration)
+        With ``hurried``, the client does not by itself ask again where an answer is late.
+        """
+        return Cluster(self._access, hurried=hurried)
 
     @property
     def url(self) -> str:
         """Where the API server listens."""
-        return str(self._configuration.host)
+        return str(self._access.configuration.host)
 
-    @property
-    def client(self) -> ApiClient:
-        """The client behind it."""
-        return self._client
+    def with_credentials(self, ask: Callable[[Configuration], Answer]) -> Answer:
+        """Return what ``ask`` returns; where it is refused the credentials, it gets what they are by now.
+
+        Raises:
+            ClusterError: It is refused them still, or raises this by itself.
+        """
+        known = self._access.configuration
+        try:
+            answer = ask(known)
+        except ClusterError as error:
+            if error.status != UNAUTHORIZED:
+                raise
+            try:
+                renewed = self._access.renew(known)
+            except ComputeUnavailableError:
+                raise error from None  # what was refused says more, and may be written anew right now
+            answer = ask(renewed)
+        self._access.was_granted = True
+        return answer
 
     def ask(
         self,
@@ -105,10 +128,29 @@ class Cluster:
         Raises:
             ClusterError: The API server refuses, or does not answer.
         """
+        response = self._call(method, path, query, body, seconds)
         with _errors():
-            response = self._call(method, path, query, body, seconds)
             answer: Json = json.loads(response.data)
         return answer
+
+    def ask_patiently(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, Any] | None = None,
+        body: Json | None = None,
+        patience: float = PATIENCE_SECONDS,
+    ) -> Json:
+        """Return the answer's JSON, however often it takes to ask: for what does no harm if it is done twice.
+
+        Raises:
+            ClusterLostError: The API server was away for longer than ``patience`` seconds.
+            ClusterError: It refuses.
+        """
+        return self.patiently(
+            lambda: self.ask(method, path, query=query, body=body), patience=patience
+        )[0]
 
     @contextmanager
     def open(
@@ -119,8 +161,8 @@ class Cluster:
         Raises:
             ClusterError: The API server refuses, or the connection breaks.
         """
+        response = self._call("GET", path, query, None, seconds)
         with _errors():
-            response = self._call("GET", path, query, None, seconds)
             try:
                 yield response
             finally:
@@ -142,16 +184,31 @@ class Cluster:
             ClusterLostError: It was away for longer than ``patience`` seconds.
             ClusterError: It refuses.
         """
+        return self.patiently(lambda: self.find(kind, name), patience=patience)
+
+    def patiently(
+        self, ask: Callable[[], Answer], *, patience: float = PATIENCE_SECONDS
+    ) -> tuple[Answer, bool]:
+        """Return what ``ask`` returns, however often it has to be called, and whether that was more than once.
+
+        Raises:
+            ClusterLostError: The API server was away for longer than ``patience`` seconds.
+            ClusterError: It refuses.
+        """
         waited = False
         pause = 0.1
-        deadline = time.monotonic() + patience
+        began = time.monotonic()
         while True:
             try:
-                return self.find(kind, name), waited
+                return ask(), waited
             except ClusterError as error:
-                if not error.may_pass:
+                away = time.monotonic() - began
+                if error.status == UNAUTHORIZED and self._access.was_granted:
+                    if away > _RENEWAL_SECONDS:
+                        raise
+                elif not error.may_pass:
                     raise
-                if time.monotonic() > deadline:
+                elif away > patience:
                     raise ClusterLostError(str(error)) from error
             waited = True
             time.sleep(pause)
@@ -189,18 +246,34 @@ class Cluster:
         headers = {"Accept": "application/json, */*"}
         if method == "PATCH":
             headers["Content-Type"] = "application/merge-patch+json"
-        response: HTTPResponse = self._client.call_api(
-            locate(self.namespace, path),
-            method,
-            query_params=list((query or {}).items()),
-            header_params=headers,
-            body=body,
-            auth_settings=["BearerToken"],
-            _preload_content=False,
-            _return_http_data_only=True,
-            _request_timeout=(CONNECT_SECONDS, seconds),
-        )
-        return response
+
+        def send(configuration: Configuration) -> HTTPResponse:
+            with _errors():
+                response: HTTPResponse = self._client_for(configuration).call_api(
+                    locate(self.namespace, path),
+                    method,
+                    query_params=list((query or {}).items()),
+                    header_params=headers,
+                    body=body,
+                    auth_settings=["BearerToken"],
+                    _preload_content=False,
+                    _return_http_data_only=True,
+                    _request_timeout=(min(CONNECT_SECONDS, seconds), seconds),
+                )
+            return response
+
+        return self.with_credentials(send)
+
+    def _client_for(self, configuration: Configuration) -> ApiClient:
+        from kubernetes.client import ApiClient
+
+        if self._client is None or self._client[0] is not configuration:
+            own = configuration
+            if self._is_hurried:
+                own = copy(configuration)
+                own.retries = False
+            self._client = configuration, ApiClient(configuration=own)
+        return self._client[1]
 
 
 def locate(namespace: str, path: str) -> str:
@@ -212,76 +285,24 @@ def locate(namespace: str, path: str) -> str:
 def connect(compute: KubernetesComputeSpec) -> Cluster:
     """Return a connection to the compute's cluster; nothing is asked of it yet.
 
-    By its Airflow connection if it names one; else from inside the cluster, or by ``$KUBECONFIG`` or
-    ``~/.kube/config``, as ``in_cluster`` says, or whichever is there.
-
     Raises:
-        ComputeUnavailableError: There is no such connection or configuration.
+        ComputeUnavailableError: As :func:`~airflow_mlpipelines.compute.kubernetes.access.configure`.
     """
-    return Cluster(compute, configure(compute))
-
-
-def configure(compute: KubernetesComputeSpec) -> Configuration:
-    """Return the addresses and credentials of the compute's cluster, as they are now.
-
-    Raises:
-        ComputeUnavailableError: As :func:`connect`.
-    """
-    try:
-        with _configuring:  # the client keeps its defaults in one place for all threads
-            return _configuration(compute)
-    except _configuration_errors() as error:
-        raise ComputeUnavailableError(
-            f"compute {compute.name!r}: no way to its Kubernetes cluster is known here: {error}. Name an "
-            "Airflow connection of type kubernetes with conn_id=, let KUBECONFIG name a file, or run the "
-            "worker inside the cluster with a service account."
-        ) from error
-
-
-def _configuration(compute: KubernetesComputeSpec) -> Configuration:
-    if compute.conn_id is not None:
-        from airflow.providers.cncf.kubernetes.hooks.kubernetes import KubernetesHook
-
-        hook = KubernetesHook(conn_id=compute.conn_id, in_cluster=compute.in_cluster)
-        configured: Configuration = hook.api_client.configuration
-        return configured
-    from kubernetes.client import Configuration
-    from kubernetes.config import ConfigException, load_incluster_config, load_kube_config
-
-    configuration = Configuration()
-    if compute.in_cluster is not False:
-        try:
-            load_incluster_config(client_configuration=configuration)
-        except ConfigException:
-            if compute.in_cluster:
-                raise
-        else:
-            return configuration
-    # Named, as the client itself looks at the variable only once, when it is imported.
-    load_kube_config(
-        config_file=os.environ.get("KUBECONFIG") or None, client_configuration=configuration
-    )
-    return configuration
-
-
-def _configuration_errors() -> tuple[type[Exception], ...]:
-    from airflow.sdk.exceptions import AirflowException, AirflowRuntimeError
-    from kubernetes.config import ConfigException
-
-    return (ConfigException, AirflowException, AirflowRuntimeError, OSError)
+    return Cluster(Access(compute, configure(compute)))
 
 
 @contextmanager
 def _errors() -> Iterator[None]:
     """Turn what the client raises into :class:`ClusterError`."""
     from kubernetes.client import ApiException
+    from kubernetes.config import ConfigException
     from urllib3.exceptions import HTTPError
 
     try:
         yield
     except ApiException as error:
         raise ClusterError(int(error.status or UNREACHABLE), _message(error)) from error
-    except (HTTPError, OSError, ValueError) as error:
+    except (ConfigException, HTTPError, OSError, ValueError) as error:
         raise ClusterError(UNREACHABLE, str(error)) from error
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
 from airflow_mlpipelines.compute.kubernetes.cluster import (
-    CONFLICT,
     PATIENCE_SECONDS,
     UNREACHABLE,
     ClusterError,
@@ -25,7 +24,8 @@ from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
     KILL_SECONDS,
     adoptable,
-    belongs_to,
+    create,
+    create_belonging,
     is_of,
     is_waiting,
 )
@@ -61,7 +61,6 @@ _KEPT_SECONDS = 3600
 """How long the cluster keeps a Job that has ended while no worker was there."""
 _REMOVAL_SECONDS = 60.0
 _FORCED_REMOVAL_SECONDS = 15.0
-_PAUSE = 1.0
 _POLL_SECONDS = 0.2
 
 
@@ -141,26 +140,15 @@ def create_gang(cluster: Cluster, spec: GangSpec, token: str) -> Json:
     meta = spec.job["metadata"]
     owned = {**meta, "annotations": {**meta["annotations"], OWNER: token}}
     body = {**spec.job, "metadata": owned}
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return cluster.ask("POST", "jobs", body=body)
-        except ClusterError as error:
-            if error.status == CONFLICT:
-                found = cluster.find("jobs", spec.name)
-                if found is not None and belongs_to(found, token):
-                    return found  # an answer was lost on its way here
-                if found is not None and not is_of(found, spec.pod.step_run_id):
-                    raise ComputeUnavailableError(
-                        f"The name {spec.name!r} is taken by another Job in namespace {cluster.namespace!r}."
-                    ) from error
-                if found is not None:
-                    remove_gang(cluster, spec.pod.step_run_id)
-            elif not error.may_pass:
-                raise
-            if time.monotonic() > deadline:
-                raise ClusterLostError(str(error)) from error
-            time.sleep(_PAUSE)
+
+    def clear(found: Mapping[str, Any]) -> None:
+        if not is_of(found, spec.pod.step_run_id):
+            raise ComputeUnavailableError(
+                f"The name {spec.name!r} is taken by another Job in namespace {cluster.namespace!r}."
+            )
+        remove_gang(cluster, spec.pod.step_run_id)
+
+    return create(cluster, "jobs", body, token=token, clear=clear)
 
 
 def create_belongings(cluster: Cluster, spec: GangSpec, job: Mapping[str, Any]) -> None:
@@ -168,6 +156,7 @@ def create_belongings(cluster: Cluster, spec: GangSpec, job: Mapping[str, Any]) 
 
     Raises:
         ClusterError: The cluster refuses.
+        ClusterLostError: It does not answer.
     """
     meta = {
         "name": spec.name,
@@ -185,14 +174,8 @@ def create_belongings(cluster: Cluster, spec: GangSpec, job: Mapping[str, Any]) 
         },
     }
     secret = secret_manifest(spec.pod, {"apiVersion": "batch/v1", "kind": "Job", **job})
-    for kind, body in (("services", service), ("secrets", secret)):
-        try:
-            cluster.ask("POST", kind, body=body)
-        except ClusterError as error:
-            if error.status != CONFLICT:
-                raise
-            cluster.delete(kind, spec.name, seconds=0)  # of an earlier Job, not yet cleared away
-            cluster.ask("POST", kind, body=body)
+    create_belonging(cluster, "services", service)
+    create_belonging(cluster, "secrets", secret)
 
 
 def list_pods(cluster: Cluster, step_run_id: str, *, patience: float | None = None) -> Pods:
@@ -208,17 +191,12 @@ def list_pods(cluster: Cluster, step_run_id: str, *, patience: float | None = No
         ClusterLostError: It was away for longer than that.
     """
     selector = f"{STEP_RUN_LABEL}={label_value(step_run_id)},{INDEX}"
-    deadline = time.monotonic() + (patience or 0.0)
-    while True:
-        try:
-            found: Pods = cluster.ask("GET", "pods", query={"labelSelector": selector})["items"]
-            return sorted(found, key=node_of)
-        except ClusterError as error:
-            if patience is None or not error.may_pass:
-                raise
-            if time.monotonic() > deadline:
-                raise ClusterLostError(str(error)) from error
-        time.sleep(_PAUSE)
+    query = {"labelSelector": selector}
+    if patience is None:
+        found: Pods = cluster.ask("GET", "pods", query=query)["items"]
+    else:
+        found = cluster.ask_patiently("GET", "pods", query=query, patience=patience)["items"]
+    return sorted(found, key=node_of)
 
 
 def node_of(pod: Mapping[str, Any]) -> int:

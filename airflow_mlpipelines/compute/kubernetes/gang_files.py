@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import KEPT_DIRECTORIES
-from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
+from airflow_mlpipelines.compute.kubernetes.channel import CommandError
+from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError, PodUnreachableError
 from airflow_mlpipelines.compute.kubernetes.transfer import collect
 from airflow_mlpipelines.compute.threads import in_parallel
 from airflow_mlpipelines.exceptions import StepFailedError
@@ -46,7 +47,9 @@ def fetch_nodes(
         with_outputs: Whether the step succeeded; else what can't be had is only told of.
 
     Raises:
-        StepFailedError: Outputs can't be fetched.
+        StepFailedError: The pods don't give all outputs, or are gone.
+        ClusterError: The API server refuses.
+        ClusterLostError: It does not answer, or nothing gets through to a pod.
     """
     fetched: list[int] = []
 
@@ -55,7 +58,9 @@ def fetch_nodes(
         own = replace(launch, stage=stage_of_node(launch.stage, node))
         try:
             collect(cluster.again(), named, own, emit=log.info, with_outputs=with_outputs)
-        except ClusterError as error:
+        except (ClusterError, PodUnreachableError) as error:
+            if with_outputs and not isinstance(error, CommandError):
+                raise  # what the pod holds can be had later
             if with_outputs:
                 raise StepFailedError(
                     launch.step_name,

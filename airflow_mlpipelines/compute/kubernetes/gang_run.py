@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import DetachedError
 from airflow_mlpipelines.compute.gang_logs import GangLogs
-from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError, ClusterLostError
+from airflow_mlpipelines.compute.kubernetes.cluster import (
+    PATIENCE_SECONDS,
+    ClusterError,
+    ClusterLostError,
+)
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews
 from airflow_mlpipelines.compute.kubernetes.failures import end_failure, lost_unseen
 from airflow_mlpipelines.compute.kubernetes.following import TAIL_LINES, choose_stay
@@ -39,9 +43,10 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     take_over,
 )
 from airflow_mlpipelines.compute.kubernetes.logs import LogFollower, read_tail
-from airflow_mlpipelines.compute.kubernetes.pod import OWNER, STAGE, STEP
+from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
 from airflow_mlpipelines.compute.kubernetes.removal import patience_after
+from airflow_mlpipelines.compute.kubernetes.room import make_when_room
 from airflow_mlpipelines.compute.kubernetes.transfer import deliver
 from airflow_mlpipelines.compute.kubernetes.volumes import hand_over, look_again
 from airflow_mlpipelines.compute.kubernetes.watch import (
@@ -116,12 +121,23 @@ class GangAttendant:
             if self._stops.killed:
                 raise self._was_killed()
             hand_over(self._spec.pod)
-            self._prepare(create_gang(self._cluster, self._spec, self._token))
+            made = make_when_room(
+                lambda: create_gang(self._cluster, self._spec, self._token),
+                self._launch,
+                self._cluster.compute,
+                note=self._note,
+                until=self._stays_until,
+                is_stopped=lambda: self._stops.killed,
+            )
+            if made is None:
+                raise self._was_killed()
+            job, self._stops.look = made, lambda: made
+            self._prepare(job)
         else:
-            body = {"metadata": {"annotations": {OWNER: self._token}}}
-            self._cluster.ask("PATCH", f"jobs/{self._spec.name}", body=body)
+            job = take_over(self._cluster, "jobs", self._spec.name, self._token)
+            self._stops.look = lambda: job
             for pod in pods:  # from a trigger, which notes at them that they are its own
-                take_over(self._cluster, pod, self._token)
+                take_over(self._cluster, "pods", str(pod["metadata"]["name"]), self._token)
             if self._news is None:
                 log.info("Adopting Job %s of an earlier try, with its log so far:", self._spec.name)
             else:
@@ -237,7 +253,8 @@ class GangAttendant:
             if self._left and not self._stops:
                 ends = (end.pod for end in logs.ends.values())
                 raise self._detach(ends, Awaited.END, self._positions)
-            job = cluster.find("jobs", self._spec.name)
+            over.set()  # what they have made takes its own time to be fetched
+            job, _ = cluster.find_patiently("jobs", self._spec.name, patience=PATIENCE_SECONDS)
             if job is not None and not belongs_to(job, self._token):
                 raise StepFailedError(
                     self._launch.step_name,

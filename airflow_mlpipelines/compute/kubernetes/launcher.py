@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +20,11 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     UNREACHABLE,
     ClusterError,
     ClusterLostError,
+    PodUnreachableError,
     connect,
 )
-from airflow_mlpipelines.compute.kubernetes.detaching import PodNews
-from airflow_mlpipelines.compute.kubernetes.failures import (
-    PodLostError,
-    lost_unseen,
-    refusal,
-    start_failure,
-)
+from airflow_mlpipelines.compute.kubernetes.detaching import PodNews, Reason
+from airflow_mlpipelines.compute.kubernetes.failures import PodLostError, lost_unseen
 from airflow_mlpipelines.compute.kubernetes.following import TAIL_LINES, Stops
 from airflow_mlpipelines.compute.kubernetes.gang import (
     discard_gang,
@@ -36,10 +34,9 @@ from airflow_mlpipelines.compute.kubernetes.gang import (
 )
 from airflow_mlpipelines.compute.kubernetes.gang_run import GangAttendant
 from airflow_mlpipelines.compute.kubernetes.images import PodImages
+from airflow_mlpipelines.compute.kubernetes.killing import delete_own, persist
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
-    KILL_SECONDS,
     adoptable,
-    belongs_to,
     has_files,
     is_of,
     is_waiting,
@@ -47,16 +44,14 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
 )
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, plan_pod, pod_name
 from airflow_mlpipelines.compute.kubernetes.pull_secrets import add_pull_secret
+from airflow_mlpipelines.compute.kubernetes.refusals import refusal
 from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
 from airflow_mlpipelines.compute.kubernetes.releasing import Owned, remove_owned
+from airflow_mlpipelines.compute.kubernetes.starting import start_failure
 from airflow_mlpipelines.compute.kubernetes.template import lay_over, read_template
 from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared, works_with_stage
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
-from airflow_mlpipelines.exceptions import (
-    ComputeUnavailableError,
-    DataError,
-    StepFailedError,
-)
+from airflow_mlpipelines.exceptions import ComputeUnavailableError, DataError, StepFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -78,15 +73,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TAIL_CHARACTERS = 2000
-_KILL_ANSWER_SECONDS = 1.0
 
 
 class KubernetesLauncher(Launcher):
     """Runs one step as one pod of a Kubernetes cluster; on several nodes, as the pods of a Job.
 
     Data travel through a worker and the API server, which suits some gigabytes, unless the compute has an agent or
-    shared volumes. A GPU model (``gpu_type``) is asked for by the node label
-    ``<gpu_resource>.product``, such as ``nvidia.com/gpu.product``, which NVIDIA's feature discovery sets.
+    shared volumes. A GPU model (``gpu_type``) is asked for by the node label ``gpu_type_label``.
     """
 
     carries_files = True
@@ -189,6 +182,8 @@ class KubernetesLauncher(Launcher):
             # An adopted pod's first worker may have been another machine.
             directory.mkdir(parents=True, exist_ok=True)
         note = self._note = PodNote(handle)
+        if launch.news is not None and PodNews.from_dict(launch.news).reason is Reason.RETRY:
+            launch = replace(launch, news=None)  # there was no pod yet that could have any
         try:
             with self._in_words(launch.step_name):
                 if launch.nodes > 1:
@@ -200,7 +195,7 @@ class KubernetesLauncher(Launcher):
             if again is None:
                 raise
             raise again from lost
-        except StepFailedError:
+        except (StepFailedError, ComputeUnavailableError):
             if note.is_empty:  # else it is another try's by now
                 note.forget()
             raise
@@ -241,17 +236,18 @@ class KubernetesLauncher(Launcher):
         name, cluster = self._name, self.__dict__.get("_cluster")
         if name is None or cluster is None:
             return
-        # What fails here, run() finds out; and what is left, the next try removes.
-        with suppress(ClusterError):
-            own = cluster.again()
-            if self._gang is not None:
-                job = own.ask("GET", f"jobs/{name}", seconds=_KILL_ANSWER_SECONDS)
-                if belongs_to(job, self._token):
+        kind = "pods" if self._gang is None else "jobs"
+        seen = self._stops.look() if self._stops.look is not None else None
+        owned = threading.Event()
+
+        def end() -> None:
+            own = cluster.again(hurried=True)
+            if owned.is_set() or delete_own(own, kind, name, token=self._token, seen=seen):
+                owned.set()
+                if self._gang is not None:  # its pods would follow the Job, but take their time
                     discard_gang(own, self._gang, patience=0)
-                return
-            pod = own.ask("GET", f"pods/{name}", seconds=_KILL_ANSWER_SECONDS)
-            if belongs_to(pod, self._token):
-                own.delete("pods", name, seconds=KILL_SECONDS, uid=pod["metadata"]["uid"])
+
+        persist(end)  # what is left after that, the next try removes
 
     def _run_pod(self, launch: StepLaunch, emit: Emit, note: PodNote) -> None:
         tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -330,6 +326,11 @@ class KubernetesLauncher(Launcher):
             yield
         except ClusterError as error:
             raise refusal(step, error, self._compute, self._cluster) from error
+        except PodUnreachableError as error:
+            raise ComputeUnavailableError(
+                f"compute {self._compute.name!r}: {error}. Are its node's kubelet and the way from the API server to "
+                "it well (kubectl exec)? What a program has made is still there: the next try fetches it."
+            ) from error
         except ClusterLostError as error:
             lost = ClusterError(UNREACHABLE, str(error))
             raise refusal(step, lost, self._compute, self._cluster) from error

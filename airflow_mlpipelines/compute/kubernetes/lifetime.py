@@ -30,11 +30,12 @@ from airflow_mlpipelines.compute.kubernetes.watch import (
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
 
+Json = dict[str, Any]
 KILL_SECONDS = 2
 """What a program has to end by itself. Airflow leaves five seconds for everything."""
 _REMOVAL_SECONDS = 60.0
@@ -53,21 +54,50 @@ def create_pod(cluster: Cluster, spec: PodSpec, token: str) -> Mapping[str, Any]
     meta = spec.manifest["metadata"]
     owned = {**meta, "annotations": {**meta.get("annotations", {}), OWNER: token}}
     body = {**spec.manifest, "metadata": owned}
+
+    def clear(found: Mapping[str, Any]) -> None:
+        if not is_of(found, spec.step_run_id):
+            raise ComputeUnavailableError(
+                f"The name {spec.name!r} is taken by another pod in namespace {cluster.namespace!r}."
+            )
+        remove_pod(cluster, found)
+
+    return create(cluster, "pods", body, token=token, clear=clear)
+
+
+def create(
+    cluster: Cluster,
+    kind: str,
+    body: Json,
+    *,
+    token: str,
+    clear: Callable[[Mapping[str, Any]], None],
+) -> Json:
+    """Return the object, made now, or by a request before of which the answer was lost.
+
+    Args:
+        cluster: The cluster.
+        kind: Such as ``pods``.
+        body: The object, at which ``token`` is noted.
+        token: A word that only this try knows.
+        clear: Removes another object that has its name, or raises.
+
+    Raises:
+        ClusterError: The cluster refuses.
+        ClusterLostError: It does not answer.
+    """
+    name = str(body["metadata"]["name"])
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
-            return cluster.ask("POST", "pods", body=body)
+            return cluster.ask("POST", kind, body=body)
         except ClusterError as error:
             if error.status == CONFLICT:
-                found = cluster.find("pods", spec.name)
+                found, _ = cluster.find_patiently(kind, name, patience=PATIENCE_SECONDS)
                 if found is not None and belongs_to(found, token):
-                    return found  # an answer was lost on its way here
-                if found is not None and not is_of(found, spec.step_run_id):
-                    raise ComputeUnavailableError(
-                        f"The name {spec.name!r} is taken by another pod in namespace {cluster.namespace!r}."
-                    ) from error
+                    return found
                 if found is not None:
-                    remove_pod(cluster, found)
+                    clear(found)
             elif not error.may_pass:
                 raise
             if time.monotonic() > deadline:
@@ -80,15 +110,32 @@ def create_secret(cluster: Cluster, spec: PodSpec, pod: Mapping[str, Any]) -> No
 
     Raises:
         ClusterError: The cluster refuses.
+        ClusterLostError: It does not answer.
     """
-    body = secret_manifest(spec, pod)
-    try:
-        cluster.ask("POST", "secrets", body=body)
-    except ClusterError as error:
-        if error.status != CONFLICT:
-            raise
-        cluster.delete("secrets", spec.name, seconds=0)  # of an earlier pod, not yet cleared away
-        cluster.ask("POST", "secrets", body=body)
+    create_belonging(cluster, "secrets", secret_manifest(spec, pod))
+
+
+def create_belonging(cluster: Cluster, kind: str, body: Json) -> None:
+    """Make what belongs to a pod or a Job made now; something else of its name goes first.
+
+    That is of an earlier pod, and not yet cleared away; or it is this very thing, and the answer was lost. It takes
+    no right to read Secrets to do without knowing.
+
+    Raises:
+        ClusterError: The cluster refuses.
+        ClusterLostError: It does not answer.
+    """
+
+    def make() -> None:
+        try:
+            cluster.ask("POST", kind, body=body)
+        except ClusterError as error:
+            if error.status != CONFLICT:
+                raise
+            cluster.delete(kind, str(body["metadata"]["name"]), seconds=0)
+            cluster.ask("POST", kind, body=body)
+
+    cluster.patiently(make)
 
 
 def discard(
@@ -138,14 +185,15 @@ def remove_pod(cluster: Cluster, pod: Mapping[str, Any]) -> None:
         )
 
 
-def take_over(cluster: Cluster, pod: Mapping[str, Any], token: str) -> None:
-    """Note that this try owns the pod from now on, so that none before it kills it.
+def take_over(cluster: Cluster, kind: str, name: str, token: str) -> Json:
+    """Note that this try owns the pod or Job from now on, so that none before it kills it; return it as it is then.
 
     Raises:
-        ClusterError: The cluster does not answer.
+        ClusterError: The cluster refuses.
+        ClusterLostError: It does not answer.
     """
     body = {"metadata": {"annotations": {OWNER: token}}}
-    cluster.ask("PATCH", f"pods/{pod['metadata']['name']}", body=body)
+    return cluster.ask_patiently("PATCH", f"{kind}/{name}", body=body)
 
 
 def adoptable(pod: Mapping[str, Any], step_run_id: str, noted: str | None) -> bool:

@@ -37,7 +37,7 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 DEFAULT_UID = 1000
 """Whom a step runs as where the worker is root, whom a pod should not be."""
 WORKSPACE = "mlp-workspace"
-_SHM = "mlp-shm"
+SHM = "mlp-shm"
 _SUB_PATHS = ("code", "run", "outputs", "home")
 _READ_ONLY = ("runtime", "inputs")
 _LONGEST_NAME = 63
@@ -129,8 +129,8 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
     ]
     volumes: list[Json] = [{"name": WORKSPACE, "emptyDir": {}}]
     if shm_size is not None:
-        volumes.append({"name": _SHM, "emptyDir": {"medium": "Memory", "sizeLimit": str(shm_size)}})
-        mounts.append({"name": _SHM, "mountPath": "/dev/shm"})  # noqa: S108 - where it has to be
+        volumes.append({"name": SHM, "emptyDir": {"medium": "Memory", "sizeLimit": str(shm_size)}})
+        mounts.append({"name": SHM, "mountPath": "/dev/shm"})  # noqa: S108 - where it has to be
     step: Json = {
         "name": STEP,
         "image": launch.image or image_name,
@@ -278,7 +278,7 @@ def _placement(compute: KubernetesComputeSpec, gpu_type: str | None) -> Json:
     """Return the fields that say where the pod may run, and as whom towards the cluster."""
     selector = dict(compute.node_selector)
     if gpu_type is not None:
-        selector[f"{compute.gpu_resource}.product"] = gpu_type
+        selector[compute.gpu_type_label or f"{compute.gpu_resource}.product"] = gpu_type
     fields: Json = {
         "serviceAccountName": compute.service_account,
         "imagePullSecrets": [{"name": name} for name in compute.image_pull_secrets],

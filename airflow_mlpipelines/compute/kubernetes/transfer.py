@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tarfile
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,9 @@ from airflow_mlpipelines.compute.kubernetes.archive import (
     unpack,
     write_archive,
 )
-from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
-from airflow_mlpipelines.compute.kubernetes.cluster import PATIENCE_SECONDS
+from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError, CommandError
 from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, STAGE
+from airflow_mlpipelines.compute.kubernetes.reconnecting import Progress, see_through
 from airflow_mlpipelines.compute.kubernetes.scripts import RECEIVE, SEND, SHELL
 from airflow_mlpipelines.compute.kubernetes.volumes import SHARED_OUTPUTS
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 _BUFFER = 256 << 10
 _NOTHING = "nothing"
-_ATTEMPTS = 4
 
 
 def deliver(cluster: Cluster, spec: PodSpec, stage: Stage) -> None:
@@ -47,12 +46,17 @@ def deliver(cluster: Cluster, spec: PodSpec, stage: Stage) -> None:
 
     Raises:
         ClusterError: That fails time and again, or the pod is gone.
+        ClusterLostError: The API server does not answer, or nothing gets through to the pod.
     """
+    progress = Progress()
 
     def is_over(pod: Mapping[str, Any] | None) -> bool:
         return pod is not None and container_state(pod, STAGE)[0] == "terminated"
 
-    _try_again(cluster, spec.name, STAGE, lambda: send_stage(cluster, spec, stage), is_over)
+    def send() -> None:
+        send_stage(cluster, spec, stage, note=lambda sent: progress.note("stage", sent))
+
+    see_through(cluster, spec.name, STAGE, send, progress, is_over)
 
 
 def collect(
@@ -70,48 +74,42 @@ def collect(
         with_outputs: Whether the step succeeded; else only the files of its run are of interest.
 
     Raises:
-        ClusterError: That fails time and again, or the pod is gone.
+        CommandError: They can't be had: the pod does not give them, or has ended, or is gone.
+        ClusterError: The API server refuses.
+        ClusterLostError: It does not answer, or nothing gets through to the pod, which is as it was.
         DataError: The agent can't commit an output.
     """
     stage, carriage, pod = launch.stage, launch.carriage, spec.name
+    progress = Progress()
 
     def fetch() -> None:
         if carriage.outputs or carriage.kept:
-            commit(cluster, pod, launch, emit=emit, with_outputs=with_outputs)
+            progress.once("commit", have_committed)
         if with_outputs and SHARED_OUTPUTS not in spec.shared:
-            fetch_outputs(cluster, pod, stage, without=carriage.outputs)
-        fetch_run_files(cluster, pod, stage, with_kept=carriage.kept is None)
+            progress.once("outputs", bring_outputs)
+        progress.once("run", bring_run_files)
 
-    _try_again(cluster, pod, OUTPUTS_KEEPER, fetch, lambda _pod: False)
+    def have_committed() -> None:
+        # It goes on where it is while connections come and go.
+        commit(cluster, pod, launch, emit=emit, with_outputs=with_outputs, heard=progress.touch)
 
+    def bring_outputs() -> None:
+        note = partial(progress.note, "outputs")
+        fetch_outputs(cluster, pod, stage, without=carriage.outputs, note=note)
 
-def _try_again(
-    cluster: Cluster,
-    name: str,
-    container: str,
-    action: Callable[[], object],
-    is_done: Callable[[Mapping[str, Any] | None], bool],
-) -> None:
-    """Do ``action`` until it succeeds, as long as the container is there; an absent cluster is waited for."""
-    attempts = 0
-    while True:
-        try:
-            action()
-        except ChannelError:
-            pod, was_away = cluster.find_patiently("pods", name, patience=PATIENCE_SECONDS)
-            if is_done(pod):
-                return
-            attempts += not was_away
-            gone = pod is None or container_state(pod, container)[0] != "running"
-            if gone or attempts >= _ATTEMPTS:
-                raise
-            time.sleep(attempts)
-        else:
-            return
+    def bring_run_files() -> None:
+        note = partial(progress.note, "run")
+        fetch_run_files(cluster, pod, stage, with_kept=carriage.kept is None, note=note)
+
+    see_through(cluster, pod, OUTPUTS_KEEPER, fetch, progress, lambda _pod: False)
 
 
-def send_stage(cluster: Cluster, spec: PodSpec, stage: Stage) -> int:
+def send_stage(
+    cluster: Cluster, spec: PodSpec, stage: Stage, *, note: Callable[[int], None] = lambda _: None
+) -> int:
     """Send the step's directories to its waiting pod, let the step begin, and return the bytes sent.
+
+    ``note`` is told again and again how many they are so far.
 
     Raises:
         ChannelError: The connection broke; the step has not begun, or the pod says so.
@@ -127,8 +125,9 @@ def send_stage(cluster: Cluster, spec: PodSpec, stage: Stage) -> int:
             sender.digest.update(chunk)
             sender.sent += len(chunk)
             channel.write(chunk)
+            note(sender.sent)
         if sender.sent != size:
-            raise ChannelError(f"{sender.sent} bytes were sent instead of {size}")
+            raise CommandError(f"{sender.sent} bytes were sent instead of {size}")
         said = b""
         answered = False
         for data in channel.read():
@@ -142,9 +141,16 @@ def send_stage(cluster: Cluster, spec: PodSpec, stage: Stage) -> int:
 
 
 def fetch_outputs(
-    cluster: Cluster, pod: str, stage: Stage, *, without: Collection[str] = ()
+    cluster: Cluster,
+    pod: str,
+    stage: Stage,
+    *,
+    without: Collection[str] = (),
+    note: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Bring the step's outputs, but those ``without``, to where the worker expects them; return the bytes received.
+
+    ``note`` is told again and again how many they are so far.
 
     Raises:
         ChannelError: The connection broke; nothing has appeared.
@@ -157,13 +163,23 @@ def fetch_outputs(
     if not names:
         return 0
     with _receiving(stage.outputs_root) as incoming:
-        received = _fetch(cluster, pod, "outputs", names if without else ["."], incoming)
+        wanted = names if without else ["."]
+        received = _fetch(cluster, pod, "outputs", wanted, incoming, note)
         _move_entries(incoming, stage.outputs_root)
     return received
 
 
-def fetch_run_files(cluster: Cluster, pod: str, stage: Stage, *, with_kept: bool = True) -> int:
+def fetch_run_files(
+    cluster: Cluster,
+    pod: str,
+    stage: Stage,
+    *,
+    with_kept: bool = True,
+    note: Callable[[int], None] = lambda _: None,
+) -> int:
     """Bring the run directory, and ``./outputs`` and ``./logs``, to the worker; return the bytes received.
+
+    ``note`` is told again and again how many they are so far.
 
     Raises:
         ChannelError: The connection broke; nothing has appeared.
@@ -172,7 +188,7 @@ def fetch_run_files(cluster: Cluster, pod: str, stage: Stage, *, with_kept: bool
     if with_kept:
         names += [f"code/{name}" for name in KEPT_DIRECTORIES]
     with _receiving(stage.root) as incoming:
-        received = _fetch(cluster, pod, ".", names, incoming)
+        received = _fetch(cluster, pod, ".", names, incoming, note)
         for name in KEPT_DIRECTORIES:
             if (incoming / "code" / name).exists():
                 _replace(incoming / "code" / name, stage.code / name)
@@ -190,8 +206,9 @@ class _Sender:
 class _Incoming:
     """What a command prints, as a file to read an archive from, digested on its way."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
+    def __init__(self, chunks: Iterator[bytes], note: Callable[[int], None]) -> None:
         self._chunks = chunks
+        self._note = note
         self._buffer = b""
         self.digest = hashlib.sha256()
         self.received = 0
@@ -203,6 +220,7 @@ class _Incoming:
                 break
             self.digest.update(chunk)
             self.received += len(chunk)
+            self._note(self.received)
             self._buffer += chunk
         data, self._buffer = self._buffer[:amount], self._buffer[amount:]
         return data
@@ -212,11 +230,18 @@ class _Incoming:
             pass
 
 
-def _fetch(cluster: Cluster, pod: str, directory: str, names: Iterable[str], target: Path) -> int:
+def _fetch(
+    cluster: Cluster,
+    pod: str,
+    directory: str,
+    names: Iterable[str],
+    target: Path,
+    note: Callable[[int], None],
+) -> int:
     word = secrets.token_hex(8)
     command = [SHELL, "-c", SEND, SHELL, word, directory, *names]
     with Channel(cluster, pod, OUTPUTS_KEEPER, command) as channel:
-        incoming = _Incoming(channel.read())
+        incoming = _Incoming(channel.read(), note)
         try:
             with tarfile.open(
                 fileobj=incoming,  # type: ignore[call-overload]

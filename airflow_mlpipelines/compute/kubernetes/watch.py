@@ -213,6 +213,10 @@ class Observer:
     def __exit__(self, *_: object) -> None:
         self._over.set()
 
+    def look(self) -> Mapping[str, Any]:
+        """Return how the pod was when it was seen last."""
+        return self._pod
+
     def last(self) -> Mapping[str, Any]:
         """Return how the pod, which is gone, was at its end."""
         self._gone.wait(_LAST_LOOK_SECONDS)

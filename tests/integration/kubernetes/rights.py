@@ -20,6 +20,26 @@ _CONFLICT = 409
 
 
 @dataclass
+class Token:
+    """What an account shows the API server, for as long as a Secret is there."""
+
+    cluster: Cluster
+    text: str
+    holder: str
+
+    def revoke(self) -> None:
+        """Have the API server refuse it; return when it does."""
+        self.cluster.core.delete_namespaced_secret(self.holder, self.cluster.namespace)
+        reviews = client.AuthenticationV1Api(self.cluster.core.api_client)
+
+        def is_refused() -> bool:
+            review = reviews.create_token_review({"spec": {"token": self.text}})
+            return not review.status.authenticated
+
+        self.cluster.wait_until(is_refused, "the token is refused")
+
+
+@dataclass
 class Account:
     """A service account that the manifest gives rights to."""
 
@@ -45,6 +65,23 @@ class Account:
             {"spec": {"user": user, "resourceAttributes": attributes}}
         )
         return bool(review.status.allowed)
+
+    def make_token(self) -> Token:
+        """Return a token that can be taken back."""
+        core, namespace = self.cluster.core, self.cluster.namespace
+        holder = core.create_namespaced_secret(
+            namespace, {"metadata": {"generateName": f"{self.name}-"}}
+        )
+        bound = {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "name": holder.metadata.name,
+            "uid": holder.metadata.uid,
+        }
+        made = core.create_namespaced_service_account_token(
+            self.name, namespace, {"spec": {"boundObjectRef": bound}}
+        )
+        return Token(self.cluster, made.status.token, holder.metadata.name)
 
     def write_kubeconfig(self, file: Path) -> None:
         """Write the cluster's kubeconfig with a token of this account in place of its user."""

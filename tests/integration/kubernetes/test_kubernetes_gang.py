@@ -32,6 +32,7 @@ from tests.gangs import (
     launch_fields,
     make_mpi_image,
 )
+from tests.integration.kubernetes.gate import Gate
 from tests.integration.kubernetes.steps import make_api, wait_until
 from tests.integration.kubernetes.test_kubernetes_launcher import IMAGE, MEBIBYTE, PodStep
 from tests.parts import missing
@@ -186,6 +187,22 @@ def test_secrets_reach_every_pod_and_are_in_none_of_them(gang: Gang) -> None:
         "[rank 0] secret password False",
         "[rank 1] secret password False",
     ]
+    gang.assert_nothing_left()
+
+
+def test_what_a_gang_takes_to_be_made_is_asked_for_until_it_is_there(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Gate(gang.kubeconfig, gang.root / "kubeconfig") as gate:
+        monkeypatch.setenv("KUBECONFIG", str(gang.root / "kubeconfig"))
+        gate.lose("POST", "/jobs")
+        for kind in ("/services", "/secrets"):
+            gate.refuse("POST", kind, 429)
+            gate.lose("POST", kind)
+        gate.refuse("GET", f"/jobs/{gang.look.name}", 503, times=2)
+        gang.run_gang("print('on')", nodes=2)
+        assert gate.were_used()
+    assert gang.count("] on") == 2
     gang.assert_nothing_left()
 
 
@@ -363,15 +380,23 @@ def test_a_task_that_is_stopped_while_no_worker_looks_leaves_nothing(gang: Gang)
     gang.assert_nothing_left()
 
 
-def test_a_kill_leaves_nothing_of_any_pod(gang: Gang) -> None:
-    launcher = gang.launcher()
-    running = gang.begin(WAIT, launcher)
-    wait_until(lambda: gang.count("begun") == 2, "both ranks run")
-    started = time.monotonic()
-    launcher.kill()
-    assert time.monotonic() - started < 5
-    with pytest.raises(StepFailedError, match="it was killed"):
-        running.wait()
+def test_a_kill_leaves_nothing_of_any_pod_though_the_api_server_is_not_well(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Gate(gang.kubeconfig, gang.root / "kubeconfig") as gate:
+        monkeypatch.setenv("KUBECONFIG", str(gang.root / "kubeconfig"))
+        launcher = gang.launcher()
+        running = gang.begin(WAIT, launcher)
+        wait_until(lambda: gang.count("begun") == 2, "both ranks run")
+        gate.refuse("DELETE", "/jobs/", 503)
+        gate.refuse("GET", "/jobs/", 429)
+        gate.refuse("GET", "/pods?", 429)
+        started = time.monotonic()
+        launcher.kill()
+        assert time.monotonic() - started < 5
+        assert gate.were_used()
+        with pytest.raises(StepFailedError, match="it was killed"):
+            running.wait()
     gang.assert_nothing_left()
 
 

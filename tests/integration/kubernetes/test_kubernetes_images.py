@@ -120,6 +120,22 @@ def test_a_pod_is_pulled_by_the_digest_that_its_tag_had_when_the_run_was_planned
     assert lines == ["planned"]
 
 
+def test_an_image_that_the_registry_has_not_or_not_for_us_is_told_at_once(
+    step: PodStep, registry: Registry, shared: RegistrySpec
+) -> None:
+    there = push_turn(registry, "there")
+    absent = f"{registry.address}/team/no-such-401:1"
+    for image, secrets, told in (
+        (absent, (PULL_SECRET,), "not found"),
+        (there, (), "401 Unauthorized|no basic auth|authorization failed"),
+    ):
+        launcher = step.launcher(image_pull_secrets=secrets)
+        with pytest.raises(StepFailedError, match=f"{image}.*({told}).*image_pull_secrets") as no:
+            step.python("", launcher=launcher, image=image)
+        assert not no.value.retryable
+        assert step.handle.get() is None
+
+
 def test_a_node_pulls_with_the_connection_of_the_registry_for_as_long_as_the_pod_is_there(
     step: PodStep, registry: Registry, shared: RegistrySpec, cluster: Cluster
 ) -> None:
