@@ -22,7 +22,7 @@ def load(tmp_path):
 
     def load(name: str) -> Workspace:
         copy(HERE / name, tmp_path / "mlpipelines.yaml")
-        (tmp_path / "docker").mkdir()
+        (tmp_path / "docker").mkdir(exist_ok=True)
         (tmp_path / "docker" / "own.Dockerfile").write_text("FROM python:3.12-slim\n")
         return Workspace.from_config(tmp_path)
 
@@ -51,7 +51,8 @@ def test_the_environments_of_the_guide_to_environments(load):
     assert set(workspace.environments) == {"training", "own"}
     cluster = workspace.compute_targets["cluster"].spec
     assert isinstance(cluster, KubernetesComputeSpec)
-    assert cluster.image_pull_secrets == ("registry-login",)
+    assert cluster.image_conn_id == "base_images"
+
     assert workspace.registry is not None
     assert workspace.registry.url == "registry.example.com/team/env"
 
