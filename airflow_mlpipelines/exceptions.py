@@ -113,7 +113,13 @@ class EnvironmentBuildError(MLPipelinesError):
 
 
 class ComputeUnavailableError(MLPipelinesError):
-    """The compute can't be reached, or was lost; the step's program is not to blame."""
+    """The compute can't be reached, or was lost; the step's program is not to blame.
+
+    Attributes:
+        retryable: True: another try may find it well.
+    """
+
+    retryable = True
 
 
 class SubmissionError(MLPipelinesError):

@@ -25,6 +25,7 @@ _MODULES = (
     "airflow_mlpipelines.operators.carrying_out",
     "airflow_mlpipelines.sensors.cache",
     "airflow_mlpipelines.sensors.planning",
+    "airflow_mlpipelines.sensors.clearing",
     "airflow_mlpipelines.compute.local",
     "sqlalchemy.dialects.sqlite",
 )

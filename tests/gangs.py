@@ -9,6 +9,7 @@ import textwrap
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlpipelines.runtime.rendezvous import Ports
 from airflow_mlpipelines.runtime.stage import stage_runtime
 from tests.integration.docker.cli import docker_cli
 from tests.parts import missing
@@ -53,6 +54,12 @@ TELL_SECRET = """
     """
 
 
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on now."""
+    with Ports(count) as ports:
+        return ports.numbers
+
+
 def launch_fields(
     stage: Stage,
     root: Path,
@@ -62,6 +69,8 @@ def launch_fields(
     processes: int = 1,
     framework: str = "pytorch",
     servers: int = 0,
+    chief: bool = False,
+    program: str = "python3",
     **changes: Any,
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return argv and the other fields of the launch of a script, as a step with ``distributed=`` has them."""
@@ -71,9 +80,10 @@ def launch_fields(
         "nodes": nodes,
         "processes_per_node": processes,
         "parameter_servers": servers,
+        "chief": chief,
     }
     module = "airflow_mlpipelines.runtime.gang"
-    argv = ("python3", "-m", module, json.dumps(spec), "--", "python3", "work.py")
+    argv = ("python3", "-m", module, json.dumps(spec), "--", program, "work.py")
     env = {
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": "/mlp/runtime",

@@ -79,3 +79,14 @@ def require_python(version: str) -> Path:
     for candidate in sorted(Path(root).glob(f"versions/{version}.*/bin/python")):
         return candidate
     pytest.skip(f"no Python {version}")
+
+
+def require_torch() -> Path:
+    """Return a Python that has PyTorch, in a folder that holds all of it, or skip."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mlpipelines-tests")
+    for candidate in sorted(cache.glob("torch-*-v*/python")):
+        probe = subprocess.run([candidate, "-c", "import torch"], capture_output=True, check=False)
+        if probe.returncode == 0:
+            return candidate
+    missing("no PyTorch (.ci/torch.sh unpacks the distribution's)")
+    raise AssertionError

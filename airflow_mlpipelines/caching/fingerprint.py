@@ -106,7 +106,10 @@ def step_fingerprint(
     if uploads:  # files at another place are another effect
         ingredients["step"]["uploads"] = uploads
     if step.distributed is not None:  # the number of processes changes what they make
-        ingredients["step"]["distributed"] = step.distributed.model_dump()
+        fields = step.distributed.model_dump()
+        if not fields["chief"]:  # most have none, and keep the fingerprints of before there was any
+            del fields["chief"]
+        ingredients["step"]["distributed"] = fields
     direct = sorted(item.name for item in step.inputs if item.mode == "direct")
     if direct:  # the program is given another thing than a path
         ingredients["step"]["direct_inputs"] = direct

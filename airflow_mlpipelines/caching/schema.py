@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 
 VERSION_TABLE = "mlp_alembic_version"
-HEAD = "0002"
+HEAD = "0003"
 """The newest migration, so that a process that finds it in the database need not import Alembic."""
-_KNOWN = ("0001", HEAD)
+_KNOWN = ("0001", "0002", HEAD)
 _DRIVERS = {"postgres": "postgresql+psycopg2", "postgresql": "postgresql+psycopg2"}
 """The driver of the extra 'postgres': which one SQLAlchemy takes by itself changes with its releases."""
 _BUSY_SECONDS = 30

@@ -84,6 +84,22 @@ contents = Table(
 )
 """Ingredients that many entries share, by digest: files of code, packages of environments."""
 
+launches = Table(
+    "mlp_launches",
+    metadata,
+    Column("step_run", String(64), primary_key=True),
+    Column("word", String(32), nullable=False),
+    Column("dag_id", Text, nullable=False),
+    Column("run_id", Text, nullable=False),
+    Column("task_id", Text, nullable=False),
+    Column("map_index", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("nodes", Integer, nullable=False),
+    Column("site", JsonText, nullable=False),
+    Column("noted_at", Float, nullable=False),
+)
+"""What was launched on clusters, until it is removed. The time is seconds since 1970 by the database's clock."""
+
 leases = Table(
     "mlp_leases",
     metadata,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines import settings
@@ -37,4 +38,5 @@ def plan_pipeline(
         cache=StatCache(settings.stat_cache_file()),
         blobs=open_blobs(),
         snapshot=False,
+        emit=lambda line: print(line, file=sys.stderr, flush=True),
     )

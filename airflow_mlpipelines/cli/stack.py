@@ -121,6 +121,8 @@ class AirflowStack:
             "AIRFLOW__API__WORKERS": "1",
             "AIRFLOW__API__SECRET_KEY": self._key,
             "AIRFLOW__API_AUTH__JWT_SECRET": self._key,
+            # Seconds for one answer of the API server: after the default of 5, tasks fail on a machine that is busy.
+            "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "30",
             # Airflow sleeps this long between two looks at a run; the default of 1 s is felt in every step.
             "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.1",
             "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "2",

@@ -74,6 +74,9 @@ def _plan_step(step: StepSpec, upstream: frozenset[str], compute: ComputeSpec) -
         arguments["retry_delay"] = step.retry_delay_seconds
     if compute.max_nodes is not None:
         arguments["pool"] = pool_name(compute.name)
+        if compute.type == "kubernetes" and step.distributed is not None:
+            # Elsewhere, the nodes of a step are all on one machine.
+            arguments["pool_slots"] = step.distributed.nodes
     before = tuple(sorted(upstream)) or (CACHE_SENSOR,)
     return TaskPlan(step.id, step.operator, before, step, arguments)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -46,9 +47,11 @@ class GangLogs(Generic[End]):
         Raises:
             BaseException: What its watcher has raised.
         """
+        deadline = None if seconds is None else time.monotonic() + seconds
         while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                node, news = self._news.get(timeout=seconds)
+                node, news = self._news.get(timeout=left)
             except queue.Empty:
                 return None
             if isinstance(news, BaseException):

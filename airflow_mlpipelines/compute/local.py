@@ -34,9 +34,9 @@ from airflow_mlpipelines.compute.guardian import (
     Program,
     describe_exit,
 )
-from airflow_mlpipelines.compute.log_lines import LineFolder
 from airflow_mlpipelines.compute.processes import end_process, kill_marked, machine_identity
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
+from airflow_mlpipelines.runtime.log_lines import LineFolder
 from airflow_mlpipelines.runtime.rendezvous import GPUS_PER_NODE
 
 if TYPE_CHECKING:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import ipaddress
+import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,11 +21,12 @@ from airflow_mlpipelines.compute.images import (
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from httpx import Client, Response
 
 _HUB_API = "registry-1.docker.io"
+_HUB_LOGIN = "https://index.docker.io/v1/"
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 10.0
 # An index of many platforms first: its digest is the same for every node.
@@ -88,6 +91,15 @@ def read_login(conn_id: str) -> Login:
         found.login,
         found.password or "",
     )
+
+
+def make_docker_config(logins: Iterable[Login]) -> str:
+    """Return the configuration of a Docker client that is logged in at these registries: JSON, with the passwords."""
+    auths = {}
+    for login in logins:
+        token = base64.b64encode(f"{login.user}:{login.password}".encode()).decode()
+        auths[_HUB_LOGIN if login.registry == DOCKER_HUB else login.registry] = {"auth": token}
+    return json.dumps({"auths": auths})
 
 
 def look_up_image(

@@ -96,6 +96,13 @@ def _check_code(root: str, source_directory: str, script: str | None) -> Iterato
 
 def _check_nodes(step: StepSpec, compute: ComputeSpec) -> Iterator[Problem]:
     nodes = step.distributed.nodes if step.distributed is not None else 1
+    most = compute.max_nodes if isinstance(compute, KubernetesComputeSpec) else None
+    if most is not None and nodes > most:
+        yield Problem(
+            f"is distributed over {nodes} nodes, but compute {compute.name!r} has max_nodes {most}, and the step would "
+            "wait for ever. Raise it (and the slots of its Airflow pool), or ask for fewer nodes",
+            step=step.name,
+        )
     if nodes == 1 or isinstance(compute, KubernetesComputeSpec):
         return
     mode = compute.network_mode or "" if isinstance(compute, DockerComputeSpec) else ""

@@ -102,8 +102,10 @@ class KubernetesCompute(ComputeTarget):
     Args:
         name: Its name.
         fields: As :class:`~airflow_mlpipelines.definition.graph.KubernetesComputeSpec` has them:
-            ``namespace``, ``image``, ``gpus``, ``gpu_resource``, ``node_selector``, ``agent_image``,
-            ``shared_volumes``, ``deferrable`` and so on.
+            ``namespace``, ``image``, ``gpus``, ``gpu_resource``, ``gpu_type_label``, ``node_selector``, ``agent_image``,
+            ``shared_volumes``, ``deferrable`` and so on. ``max_nodes`` is how many pods there may be at once, over all
+            pipelines: a step on several nodes takes as many. Airflow sees to it with a pool that has to be there, and to
+            count deferred tasks: ``airflow pools set --include-deferred mlpipelines_<name> 4 ""``.
 
     Raises:
         DefinitionError: A field is unknown or of the wrong type.

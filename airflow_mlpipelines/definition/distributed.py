@@ -59,11 +59,17 @@ class PyTorch(Distribution):
 
 
 class TensorFlow(Distribution):
-    """Runs the program once per worker and parameter server, with ``TF_CONFIG``. Worker 0 is the chief.
+    """Runs the program once per worker and parameter server, with ``TF_CONFIG``.
+
+    The step is done when all workers have ended with exit code 0, or the chief has, if there is one: the
+    others, which serve for ever, are ended then.
 
     Args:
         workers: Worker processes, over all nodes.
         parameter_servers: Parameter servers beside them, dealt out to the nodes in turn.
+        chief: Whether there is one more process, on node 0, whose task in ``TF_CONFIG`` is ``chief``: the
+            coordinator of TensorFlow 2's ``ParameterServerStrategy``, whose workers only serve. Without
+            one, as with Azure ML, worker 0 is what TensorFlow takes for the chief.
         nodes: Machines; a local compute runs the processes of all of them on its own.
 
     Raises:
@@ -71,7 +77,14 @@ class TensorFlow(Distribution):
             workers.
     """
 
-    def __init__(self, workers: int = 1, parameter_servers: int = 0, *, nodes: int = 1) -> None:
+    def __init__(
+        self,
+        workers: int = 1,
+        parameter_servers: int = 0,
+        *,
+        nodes: int = 1,
+        chief: bool = False,
+    ) -> None:
         _check(workers=workers, nodes=nodes)
         if workers % nodes:
             raise DefinitionError(
@@ -87,6 +100,7 @@ class TensorFlow(Distribution):
                 nodes=nodes,
                 processes_per_node=workers // nodes,
                 parameter_servers=parameter_servers,
+                chief=chief,
             )
         )
 

@@ -132,6 +132,9 @@ class KubernetesComputeSpec(SpecModel):
         image_conn_id: The Airflow connection of type docker to look up with what the tags of images mean.
         docker_url: The Docker daemon that builds its images and pushes them to ``registry``; None is the
             worker's own.
+        buildkit_host: The BuildKit daemon that builds them in place of a Docker daemon, and pushes them there:
+            ``tcp://host:port``, or ``unix://`` with the path of a socket. The worker needs ``buildctl``.
+        buildkit_tls: A directory on the worker with ``ca.pem``, ``cert.pem`` and ``key.pem`` for it.
         helper_image: What carries the files of a step into its pod and out of it: any image with ``sh``, ``tar``
             and ``sha256sum``.
         agent_image: What carries data between datastores and a pod by itself, past worker and API server: the image
@@ -143,6 +146,8 @@ class KubernetesComputeSpec(SpecModel):
         security_context: By Kubernetes' own names, those of a pod and those of a container together. What
             it leaves open is as for a user without rights: not root, no capabilities.
         gpu_resource: What the cluster calls its GPUs.
+        gpu_type_label: The node label that names the model of a node's GPUs; None is ``<gpu_resource>.product``, which
+            NVIDIA's feature discovery sets.
         pod_template_file: A Pod manifest on the worker that a step's pod is laid over.
         queue: The Kueue queue that pods wait in.
         startup_timeout_seconds: How long images may be pulled for, once a node was found.
@@ -160,6 +165,8 @@ class KubernetesComputeSpec(SpecModel):
     image: str | None = None
     image_conn_id: str | None = None
     docker_url: str | None = None
+    buildkit_host: str | None = Field(default=None, pattern=r"^(tcp://[^/\s@]+:\d+|unix:///\S+)$")
+    buildkit_tls: str | None = None
     helper_image: str = "busybox:1.36"
     agent_image: str | None = None
     shared_volumes: dict[str, str] = {}
@@ -178,6 +185,7 @@ class KubernetesComputeSpec(SpecModel):
     ephemeral_storage: int | None = None
     gpus: int | None = None
     gpu_resource: str = "nvidia.com/gpu"
+    gpu_type_label: str | None = None
     shm_size: int | None = None
     pod_template_file: str | None = None
     registry: RegistrySpec | None = None
@@ -366,12 +374,14 @@ class DistributedSpec(SpecModel):
         nodes: Machines.
         processes_per_node: Processes on each; for TensorFlow, its workers.
         parameter_servers: TensorFlow's, beside the workers.
+        chief: Whether TensorFlow's cluster has a chief of its own, which coordinates the workers.
     """
 
     framework: Literal["mpi", "pytorch", "tensorflow"]
     nodes: int = 1
     processes_per_node: int = 1
     parameter_servers: int = 0
+    chief: bool = False
 
 
 class StepSpec(SpecModel):

@@ -275,6 +275,11 @@ def _distributed_to_fields(distributed: Distribution | None) -> dict[str, Any]:
             "nodeCount": spec.nodes,
             "pytorch": {"processCount": spec.nodes * spec.processes_per_node},
         }
+    if spec.chief:
+        raise DefinitionError(
+            "TensorFlow(chief=True) can't be saved: a run configuration of Azure ML has no place for it. Give it "
+            "to the step as distributed="
+        )
     return {
         "framework": "TensorFlow",
         "communicator": "ParameterServer",

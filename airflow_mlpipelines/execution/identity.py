@@ -32,9 +32,19 @@ class TaskIdentity:
         return f"mlp-{digest('step-run-v1', fields)[:20]}"
 
     @property
+    def task(self) -> tuple[str, str, str, int]:
+        """The task instance, whatever its attempt."""
+        return self.dag_id, self.run_id, self.task_id, self.map_index
+
+    @property
     def holder(self) -> str:
         """Who holds a lease, for people and for comparison."""
-        return f"{self.dag_id}/{self.run_id}/{self.task_id}[{self.map_index}]#{self.attempt}"
+        return f"{self.sender}#{self.attempt}"
+
+    @property
+    def sender(self) -> str:
+        """Who sends files to places of others: the same for every try, also after a clear."""
+        return f"{self.dag_id}/{self.run_id}/{self.task_id}[{self.map_index}]"
 
     @property
     def has_tries_left(self) -> bool:

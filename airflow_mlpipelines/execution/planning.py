@@ -26,7 +26,7 @@ from airflow_mlpipelines.storage.snapshots import list_source_files, make_snapsh
 from airflow_mlpipelines.storage.transfer import missing_artifacts, pin_external
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from airflow_mlpipelines.caching.decision import RunPlan
     from airflow_mlpipelines.caching.index import MetadataIndex
@@ -55,6 +55,7 @@ def plan_run(  # noqa: PLR0913 - all that a plan depends on
     cache: StatCache | None = None,
     blobs: BlobCache | None = None,
     snapshot: bool = True,
+    emit: Callable[[str], None] | None = None,
 ) -> RunPlan:
     """Return what every step of a run with these parameters will do, and why.
 
@@ -67,6 +68,7 @@ def plan_run(  # noqa: PLR0913 - all that a plan depends on
         cache: Digests of files already read.
         blobs: Where data read from remote datastores are kept for the steps.
         snapshot: Whether to store the code for the run. A plan that nobody will run needs none.
+        emit: Takes lines for the log, which say how far the data have been read.
 
     Raises:
         DefinitionError: A parameter's value is of the wrong type, or ``regenerate`` names no step.
@@ -84,7 +86,7 @@ def plan_run(  # noqa: PLR0913 - all that a plan depends on
         parameters=values,
         code=code,
         environments=environments,
-        external=_pin_external_data(graph, stores, cache, blobs),
+        external=_pin_external_data(graph, stores, cache, blobs, emit),
         snapshots=snapshots,
         regenerate=_expand_regenerate(graph, regenerate),
         contents=contents,
@@ -205,22 +207,36 @@ def _resolve_environments(
 
 
 def _pin_external_data(
-    graph: PipelineGraph, stores: StoreSet, cache: StatCache | None, blobs: BlobCache | None
+    graph: PipelineGraph,
+    stores: StoreSet,
+    cache: StatCache | None,
+    blobs: BlobCache | None,
+    emit: Callable[[str], None] | None,
 ) -> dict[str, Artifact | None]:
     wanted: dict[str, ExternalDataSpec] = {}
+    fetched = set()
     for step in graph.steps:
         for item in step.inputs:
             if isinstance(item.source, ExternalDataSpec):
                 key = external_key(item.source)
                 if key not in wanted or item.source.pin == "content":  # for all who read it
                     wanted[key] = item.source
+                if item.mode != "direct" and step.operator != TRANSFER_OPERATOR:
+                    fetched.add(key)
 
-    def pin(source: ExternalDataSpec) -> Artifact | None:
+    def pin(key: str) -> Artifact | None:
+        source = wanted[key]
         return pin_external(
-            stores[source.datastore], source.path, how=source.pin, cache=cache, blobs=blobs
+            stores[source.datastore],
+            source.path,
+            how=source.pin,
+            cache=cache,
+            blobs=blobs,
+            keep=key in fetched,
+            emit=emit,
         )
 
     if len(wanted) < 2:  # threads pay from the second on
-        return {key: pin(source) for key, source in wanted.items()}
+        return {key: pin(key) for key in wanted}
     with ThreadPoolExecutor(_PARALLEL_PINS) as pool:
-        return dict(zip(wanted, pool.map(pin, wanted.values()), strict=True))
+        return dict(zip(wanted, pool.map(pin, wanted), strict=True))

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines import settings
 from airflow_mlpipelines.caching.decision import MissReason
+from airflow_mlpipelines.caching.launches import Launches
 from airflow_mlpipelines.compute.base import (
     DetachedError,
     RelaunchError,
     ResolvedEnvironment,
     StepLaunch,
 )
+from airflow_mlpipelines.compute.sites import LAUNCH, find_site
 from airflow_mlpipelines.definition.graph import ParameterRef
 from airflow_mlpipelines.exceptions import (
     ComputeUnavailableError,
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from airflow_mlpipelines.caching.decision import RunPlan
-    from airflow_mlpipelines.definition.graph import PipelineGraph, StepSpec
+    from airflow_mlpipelines.definition.graph import ComputeSpec, PipelineGraph, StepSpec
     from airflow_mlpipelines.execution.identity import TaskIdentity
     from airflow_mlpipelines.execution.staging import Workplace
     from airflow_mlpipelines.execution.step import Services
@@ -127,6 +129,10 @@ class StepProgram:
             adopt, self._news = False, None
 
     @property
+    def _compute(self) -> ComputeSpec:
+        return self._graph.computes[self._step.compute]
+
+    @property
     def _nodes(self) -> int:
         return self._step.distributed.nodes if self._step.distributed is not None else 1
 
@@ -152,26 +158,27 @@ class StepProgram:
             can_carry=services.launcher.can_carry if self._nodes == 1 else _carries_nothing,
         )
         # Docker mounts inputs read-only; a process on the worker has the rights of their owner.
-        link = self._graph.computes[step.compute].type == "docker"
-        workplace = fill_stage(
-            workplace,
-            step,
-            services.stores,
-            snapshot=snapshot,
-            inputs=self._inputs,
-            fetched=None if is_elsewhere else FetchedData(services.blobs, held, link=link),
-            adopt=adopt,
-        )
+        link = self._compute.type == "docker"
         try:
-            metrics = self._launch(workplace, environment, adopt=adopt)
-        except DetachedError:
-            if services.launcher.carries_files:  # else the program works in these very directories
+            workplace = fill_stage(
+                workplace,
+                step,
+                services.stores,
+                snapshot=snapshot,
+                inputs=self._inputs,
+                fetched=None if is_elsewhere else FetchedData(services.blobs, held, link=link),
+                adopt=adopt,
+            )
+        except BaseException:
+            if is_elsewhere or not adopt:  # else the program works in these very directories
                 workplace.remove()
             raise
-        except (StepFailedError, DataError, RelaunchError):
-            workplace.remove()
+        try:
+            metrics = self._launch(workplace, environment, adopt=adopt)
+        except BaseException as error:
+            if services.launcher.carries_files or self._is_over(error):
+                workplace.remove()
             raise
-        # Any other error may leave a program alive that the next try adopts, with these directories.
         finished = FinishedProgram(
             workplace.stage.root,
             self._fingerprint or "",
@@ -180,6 +187,17 @@ class StepProgram:
         )
         finished.write()
         return workplace, finished
+
+    def _is_over(self, error: BaseException) -> bool:
+        """Return whether nothing of the program runs on, in the directories that a next try adopts with it."""
+        if isinstance(error, StepFailedError | DataError | RelaunchError):
+            return True
+        if not isinstance(error, ComputeUnavailableError):
+            return False
+        try:
+            return self._services.handle.get() is None
+        except Exception:  # noqa: BLE001 - why the compute is away matters more
+            return False
 
     def _commit(
         self, workplace: Workplace, finished: FinishedProgram
@@ -195,7 +213,7 @@ class StepProgram:
                 workplace,
                 self._step,
                 services.stores,
-                step_run_id=identity.step_run_id,
+                identity=identity,
                 cache=services.cache,
                 blobs=services.blobs,
                 note=finished,
@@ -210,9 +228,8 @@ class StepProgram:
             raise
         except DataError:
             workplace.remove()
-            release(
-                services, identity
-            )  # the next try is to run it anew, not to find the same again
+            # The next try is to run it anew, not to find the same again.
+            release(services, identity, self._compute)
             raise
         workplace.remove()
         return outputs, finished.metrics
@@ -278,6 +295,17 @@ class StepProgram:
             outputs=paths.outputs,
             params=params,
         )
+        # Noted before anything is there: what is lost with this worker is found all the same.
+        site = find_site(self._compute)
+        labels = identity.labels
+        if site is not None:
+            labels[LAUNCH] = Launches(services.index).note(
+                identity.step_run_id,
+                task=identity.task,
+                attempt=identity.attempt,
+                nodes=self._nodes,
+                site=site,
+            )
         spec = step.environment
         own = {**(spec.environment_variables if spec else {}), **step.environment_variables}
         launch = StepLaunch(
@@ -291,7 +319,7 @@ class StepProgram:
             image=environment.image,
             nodes=self._nodes,
             timeout_seconds=step.timeout_seconds,
-            labels=identity.labels,
+            labels=labels,
             carriage=workplace.carriage,
             detach=services.may_detach,
             news=self._news,
@@ -309,10 +337,17 @@ class StepProgram:
         return read_metrics(workplace.stage.run)
 
 
-def release(services: Services, identity: TaskIdentity) -> None:
-    """Leave nothing of a step run on its compute: nobody is to go on with it."""
+def release(services: Services, identity: TaskIdentity, compute: ComputeSpec) -> None:
+    """Leave nothing of a step run on its compute: nobody is to go on with it.
+
+    What can't be removed now is removed by :mod:`airflow_mlpipelines.execution.janitor`.
+    """
+    if find_site(compute) is None:
+        return
+    step_run_id, launches = identity.step_run_id, Launches(services.index)
     try:
-        services.launcher.release(identity.step_run_id, services.handle)
+        if launches.has(step_run_id) and services.launcher.release(step_run_id, services.handle):
+            launches.forget(step_run_id)
     except Exception as error:  # noqa: BLE001 - how the step ended is decided
         log.warning("What the compute still has of the step can't be removed: %s", error)
 

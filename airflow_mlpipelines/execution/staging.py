@@ -15,6 +15,7 @@ from airflow_mlpipelines.storage.kept import RUN_FILES, keep_files
 from airflow_mlpipelines.storage.placing import check_inside, make_writable, place_link
 from airflow_mlpipelines.storage.snapshots import unpack_snapshot
 from airflow_mlpipelines.storage.transfer import commit_output, fetch
+from airflow_mlpipelines.storage.upload_notes import UploadNote
 from airflow_mlpipelines.storage.uploads import check_upload, upload_files
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.compute.base import ProcessPaths
     from airflow_mlpipelines.definition.graph import OutputSpec, StepSpec
     from airflow_mlpipelines.execution.finished import FinishedProgram
+    from airflow_mlpipelines.execution.identity import TaskIdentity
     from airflow_mlpipelines.storage.artifact import Artifact
     from airflow_mlpipelines.storage.blobs import BlobCache
     from airflow_mlpipelines.storage.stat_cache import StatCache
@@ -210,7 +212,7 @@ def commit_outputs(
     step: StepSpec,
     stores: StoreSet,
     *,
-    step_run_id: str,
+    identity: TaskIdentity,
     cache: StatCache | None,
     blobs: BlobCache,
     note: FinishedProgram | None,
@@ -223,7 +225,7 @@ def commit_outputs(
         workplace: What the program has made.
         step: The step.
         stores: The registered datastores.
-        step_run_id: The id of the step run.
+        identity: The task instance that this is.
         cache: Digests of local files that were read before.
         blobs: Where what is sent is kept, for the steps that read it on this machine.
         note: Knows what an earlier try has sent, and is told what this one has.
@@ -243,7 +245,7 @@ def commit_outputs(
                 stores[output.datastore],
                 f"{workplace.directory}/{output.name}",
                 check_inside(source, workplace.stage.outputs_root),
-                step_run=step_run_id,
+                step_run=identity.step_run_id,
                 expect_directory=output.is_directory,
                 cache=cache,
                 blobs=blobs,
@@ -252,15 +254,21 @@ def commit_outputs(
             raise error.at(f"step {step.name!r}, output {output.name!r}") from error
         if note is not None:
             note.add(output.name, artifacts[output.name])
-    artifacts.update(_upload_all(workplace, step, stores, step_run_id))
+    artifacts.update(_upload_all(workplace, step, stores, identity))
     return artifacts
 
 
 def _upload_all(
-    workplace: Workplace, step: StepSpec, stores: StoreSet, step_run_id: str
+    workplace: Workplace, step: StepSpec, stores: StoreSet, identity: TaskIdentity
 ) -> dict[str, Artifact]:
     """Send files to places of others, and take them away from here once all are there."""
     places = [(output, place) for output in step.outputs if (place := output.upload) is not None]
+    notes = {
+        output.name: UploadNote(
+            stores.default, identity.sender, stores[output.datastore].uri(place.path)
+        )
+        for output, place in places
+    }
     sources = workplace.stage.outputs
     for output, _ in places:
         with _naming_upload(step, output):
@@ -269,7 +277,13 @@ def _upload_all(
         for output, place in places:
             with _naming_upload(step, output):
                 store = stores[output.datastore]
-                check_upload(store, place.path, sources[output.name], overwrite=place.overwrite)
+                check_upload(
+                    store,
+                    place.path,
+                    sources[output.name],
+                    overwrite=place.overwrite,
+                    note=notes[output.name],
+                )
     sent = {}
     for output, place in places:
         source = sources[output.name]
@@ -279,9 +293,11 @@ def _upload_all(
                 place.path,
                 source,
                 overwrite=place.overwrite,
-                step_run=step_run_id,
+                step_run=identity.step_run_id,
+                note=notes[output.name],
             )
-    for output, _ in places:
+    for output, _ in places:  # not before all of it is everywhere: else all would be made again
+        notes[output.name].forget()
         shutil.rmtree(sources[output.name], ignore_errors=True)
     return sent
 

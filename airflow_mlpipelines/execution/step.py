@@ -13,7 +13,12 @@ from airflow_mlpipelines.caching.explain import explain_miss
 from airflow_mlpipelines.caching.fingerprint import step_fingerprint
 from airflow_mlpipelines.caching.index import CacheEntry, StepRunRecord
 from airflow_mlpipelines.compute.base import DetachedError
-from airflow_mlpipelines.exceptions import DataError, EnvironmentBuildError, StepFailedError
+from airflow_mlpipelines.exceptions import (
+    ComputeUnavailableError,
+    DataError,
+    EnvironmentBuildError,
+    StepFailedError,
+)
 from airflow_mlpipelines.execution.heartbeat import LeaseHeldError, hold_lease
 from airflow_mlpipelines.execution.program import StepProgram, release
 from airflow_mlpipelines.storage.transfer import missing_artifacts
@@ -175,6 +180,7 @@ class StepRunner:
             StepFailedError: The program failed.
             EnvironmentBuildError: Its environment can't be had.
             DataError: An input can't be had, or an output was not made.
+            ComputeUnavailableError: Its compute was away, or had no place for it.
         """
         started = time.monotonic()
         if resumption is not None:
@@ -185,7 +191,12 @@ class StepRunner:
             result = self._reuse_or_make(fingerprint, started)
         except (LeaseHeldError, StepDetachedError):
             raise  # it goes on
-        except (StepFailedError, EnvironmentBuildError, DataError) as error:
+        except (
+            StepFailedError,
+            EnvironmentBuildError,
+            DataError,
+            ComputeUnavailableError,
+        ) as error:
             first_line = str(error).partition("\n")[0]
             seconds = time.monotonic() - started
             self._record(fingerprint, state="failed", reason=first_line, seconds=seconds)
@@ -195,13 +206,16 @@ class StepRunner:
             self._give_up(error)
             raise
         # Only now: had this worker been lost before, the next one would have found all that the program made.
-        release(self._services, self._identity)
+        self._release()
         return result
 
     def _give_up(self, error: BaseException) -> None:
         """Leave nothing on the compute if no later try will come for it."""
         if not (self._identity.has_tries_left and getattr(error, "retryable", True)):
-            release(self._services, self._identity)
+            self._release()
+
+    def _release(self) -> None:
+        release(self._services, self._identity, self._graph.computes[self._step.compute])
 
     def _reuse_or_make(self, fingerprint: Fingerprint | None, started: float) -> StepResult:
         if fingerprint is None:

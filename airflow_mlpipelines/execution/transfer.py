@@ -87,13 +87,15 @@ class TransferRunner(StepRunner):
             place = item.source.model_dump()
             raise DataError(
                 f"step {step.name!r}: there is nothing at {place.get('path')!r} of datastore "
-                f"{place.get('datastore')!r} to transfer to datastore {step.outputs[0].datastore!r}."
+                f"{place.get('datastore')!r} to transfer to datastore {step.outputs[0].datastore!r}.",
+                retryable=False,
             )
         wanted = step.config["source_reference_type"]
         if wanted is not None and wanted != _TYPES[artifact.kind]:
             raise DataError(
                 f"step {step.name!r}: {artifact.uri} is a {_TYPES[artifact.kind]}, but "
-                f"source_reference_type is {wanted!r}."
+                f"source_reference_type is {wanted!r}.",
+                retryable=False,
             )
         return artifact
 
@@ -109,7 +111,8 @@ class TransferRunner(StepRunner):
             if wanted == "file":
                 raise DataError(
                     f"step {step.name!r}: {artifact.uri} is a directory, but "
-                    "destination_reference_type is 'file'."
+                    "destination_reference_type is 'file'.",
+                    retryable=False,
                 )
             return target
         if wanted is None and path is not None:

@@ -79,6 +79,7 @@ class StepOperator(BaseOperator):
             StepFailedError: It failed; Airflow's retries apply.
             EnvironmentBuildError: What its environment is built from can't be reached; so too.
             DataError: An input can't be had, or an output was not made; so too.
+            ComputeUnavailableError: Its compute was away, or had no place for it; so too.
         """
         return self._carry_out(context)
 
@@ -86,6 +87,7 @@ class StepOperator(BaseOperator):
         self, context: Context, resumption: Resumption | None = None
     ) -> dict[str, Any] | None:
         from airflow_mlpipelines.exceptions import (
+            ComputeUnavailableError,
             DataError,
             EnvironmentBuildError,
             StepFailedError,
@@ -103,7 +105,12 @@ class StepOperator(BaseOperator):
         except StepDetachedError as error:
             self._wait_for_pod(error)
             raise
-        except (StepFailedError, EnvironmentBuildError, DataError) as error:
+        except (
+            StepFailedError,
+            EnvironmentBuildError,
+            DataError,
+            ComputeUnavailableError,
+        ) as error:
             failure = {"state": "failed", "reason": str(error).partition("\n")[0]}
             context["ti"].xcom_push(key=STEP_RUN_KEY, value=failure)
             if not error.retryable:

@@ -73,7 +73,8 @@ def describe_distribution(spec: DistributedSpec) -> str:
         )
         workers = spec.nodes * spec.processes_per_node
         nodes = f" on {spec.nodes} nodes" if spec.nodes > 1 else ""
-        return f"tensorflow, {workers} workers{servers}{nodes}"
+        chief = ", a chief" if spec.chief else ""
+        return f"tensorflow{chief}, {workers} workers{servers}{nodes}"
     return f"{spec.framework}, {spec.nodes} nodes with {spec.processes_per_node} processes each"
 
 

@@ -25,6 +25,8 @@ from airflow_mlpipelines.runtime.mpi import (
     ONE_RANK,
     NoMpiError,
     make_node_shell,
+    read_report,
+    reports,
     run_one_rank,
     start_mpirun,
 )
@@ -32,9 +34,10 @@ from airflow_mlpipelines.runtime.nodes import FOLLOWED, TOKEN, NotTogetherError,
 from airflow_mlpipelines.runtime.rendezvous import (
     HERE,
     MPI,
+    Ports,
     count_ports,
-    free_ports,
     gpus_of_node,
+    is_decisive,
     make_variables,
 )
 
@@ -44,14 +47,16 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.runtime.nodes import Nodes
 
+_BROKEN = 1
 _NOT_FOUND = 127
+_MPIRUN_SECONDS = 5.0
 
 
 def run(spec: dict[str, Any], command: Sequence[str]) -> int:
     """Run the gang, or this node of it, to the end of all; return 0, or the exit code of what failed.
 
     Args:
-        spec: ``framework``, ``nodes``, ``processes_per_node`` and ``parameter_servers``.
+        spec: ``framework``, ``nodes``, ``processes_per_node``, ``parameter_servers`` and ``chief``.
         command: The program and its arguments.
 
     Raises:
@@ -65,51 +70,70 @@ def run(spec: dict[str, Any], command: Sequence[str]) -> int:
 
 def _run_alone(spec: dict[str, Any], command: Sequence[str]) -> int:
     nodes = spec["nodes"]
+    if spec["framework"] == MPI:
+        return _run_mpi_alone(spec, command)
     programs: list[ranks.Program] = []
-    try:
-        if spec["framework"] == MPI:
-            processes = nodes * spec["processes_per_node"]
-            programs.append(start_mpirun(processes, command, dict(os.environ)))
-        else:
-            every = free_ports(sum(count_ports(spec, node) for node in range(nodes)), HERE)
-            ports = [[every.pop() for _ in range(count_ports(spec, node))] for node in range(nodes)]
-            for node, of_node in enumerate(make_variables(spec, [HERE] * nodes, ports)):
-                gpus = gpus_of_node(node)
-                ranks_of_node = [(number, {**gpus, **own}) for number, own in of_node]
-                _start_ranks(programs, ranks_of_node, command)
+    count = sum(count_ports(spec, node) for node in range(nodes))
+    with Ports(count, HERE) as reserved, ranks.ending(programs):
+        every = list(reserved.numbers)
+        ports = [[every.pop() for _ in range(count_ports(spec, node))] for node in range(nodes)]
+        for node, of_node in enumerate(make_variables(spec, [HERE] * nodes, ports)):
+            gpus = gpus_of_node(node)
+            ranks_of_node = [(number, {**gpus, **own}) for number, own in of_node]
+            _start_ranks(programs, spec, ranks_of_node, command)
         failed = ranks.wait(programs)
-    finally:
-        ranks.end(programs)
     if failed is None:
         return 0
     return _tell_of(failed, _count(spec), f"the other {len(programs) - 1} were ended")
+
+
+def _run_mpi_alone(spec: dict[str, Any], command: Sequence[str]) -> int:
+    processes = spec["nodes"] * spec["processes_per_node"]
+    with reports() as folder:
+        programs = [start_mpirun(processes, command, dict(os.environ))]
+        with ranks.ending(programs):
+            failed = ranks.wait(programs)
+        report = read_report(folder)
+    if report is not None:
+        return _tell_of_rank(report, processes, "; the others were ended")
+    return 0 if failed is None else failed.code or 1
 
 
 def _run_node(spec: dict[str, Any], command: Sequence[str], place: Place) -> int:
     ranks.say(f"{place.name(place.node)} waits for the other {len(place.hosts) - 1}")
     if spec["framework"] == MPI:
         make_node_shell(place)
-    nodes = meet(place, {"ports": free_ports(count_ports(spec, place.node))})
-    ranks.say(f"{place.name(place.node)}: all {len(place.hosts)} nodes are there")
-    programs: list[ranks.Program] = []
-    try:
+    with Ports(count_ports(spec, place.node)) as reserved:
+        nodes = meet(place, {"ports": reserved.numbers})
+        ranks.say(f"{place.name(place.node)}: all {len(place.hosts)} nodes are there")
+        programs: list[ranks.Program] = []
         try:
-            if spec["framework"] != MPI:
-                ports = [offer["ports"] for offer in nodes.plan["offers"]]
-                mine = make_variables(spec, place.hosts, ports)[place.node]
-                _start_ranks(programs, mine, command)
-            elif place.node == 0:
-                environment = dict(os.environ)
-                programs.append(
-                    start_mpirun(spec["processes_per_node"], command, environment, place)
-                )
-        except (OSError, NoMpiError) as error:
-            nodes.fail(_NOT_FOUND, str(error))
-            raise
-        return _attend(spec, programs, nodes, place)
-    finally:
-        ranks.end(programs)
-        nodes.close()
+            with ranks.ending(programs):
+                _start_node(spec, command, place, nodes, programs)
+                return _attend(spec, programs, nodes, place)
+        finally:
+            nodes.close()
+
+
+def _start_node(
+    spec: dict[str, Any],
+    command: Sequence[str],
+    place: Place,
+    nodes: Nodes,
+    programs: list[ranks.Program],
+) -> None:
+    """Start what runs on this node, noting it in ``programs``; if that fails, the others end."""
+    try:
+        if spec["framework"] != MPI:
+            ports = [offer["ports"] for offer in nodes.plan["offers"]]
+            mine = make_variables(spec, place.hosts, ports)[place.node]
+            _start_ranks(programs, spec, mine, command)
+        elif place.node == 0:
+            environment = dict(os.environ)
+            programs.append(start_mpirun(spec["processes_per_node"], command, environment, place))
+    except (ranks.NotStartedError, NoMpiError) as error:
+        nodes.fail(_NOT_FOUND, str(error))
+        raise
 
 
 def _attend(
@@ -117,6 +141,8 @@ def _attend(
 ) -> int:
     """Return this node's exit code, once all has ended well or something has failed somewhere."""
     while True:
+        if nodes.report is not None:
+            return _blame(spec, nodes.report, programs, nodes, place)
         failed = ranks.find_failed(programs)
         if failed is not None:
             code = failed.code or 1
@@ -126,24 +152,75 @@ def _attend(
             ranks.end(programs)
             others = f"it ran on {place.name(place.node)}; all others were ended"
             return _tell_of(failed, _count(spec), others)
-        if all(program.code == 0 for program in programs):
+        if ranks.are_done(programs):
             nodes.done()
         verdict = nodes.verdict()
         if verdict is not None:
             code, why = verdict
-            if code:
+            if code not in (0, FOLLOWED):  # a rank that mpirun on node 0 has started here
+                ranks.say(why)
+                for line in nodes.blamed_for:
+                    ranks.say(f"  {line}")
+            elif code:
                 ranks.say(f"{place.name(place.node)} ends, because of {why}")
             return code
         time.sleep(ranks.POLL_SECONDS)
 
 
+def _blame(
+    spec: dict[str, Any],
+    report: dict[str, Any],
+    programs: Sequence[ranks.Program],
+    nodes: Nodes,
+    place: Place,
+) -> int:
+    """Have the node answer for it on which a rank of mpirun's has failed; return node 0's exit code."""
+    deadline = time.monotonic() + _MPIRUN_SECONDS
+    while any(program.code is None for program in programs) and time.monotonic() < deadline:
+        time.sleep(ranks.POLL_SECONDS)  # it ends the others, and says so
+    ranks.end(programs)
+    host = place.find_host(report["host"])
+    node = 0 if host is None else place.hosts.index(host)
+    others = f"; it ran on {place.name(node)}; all others were ended"
+    if node == 0:
+        code = _tell_of_rank(report, _count(spec), others)
+        nodes.fail(code, f"rank {report['rank']} ended with exit code {code}")
+        return code
+    why = _describe(report, _count(spec), others)
+    nodes.blame(node, report["code"], why, report["tail"])
+    ranks.say(
+        f"{place.name(0)} ends, because of {place.name(node)}: rank {report['rank']} ended with "
+        f"exit code {report['code']}"
+    )
+    return FOLLOWED
+
+
+def _describe(report: dict[str, Any], count: int, others: str) -> str:
+    others = others if count > 1 else ""
+    return (
+        f"rank {report['rank']} of {count} ended with exit code {report['code']}{others}. "
+        "The end of its log:"
+    )
+
+
+def _tell_of_rank(report: dict[str, Any], count: int, others: str) -> int:
+    """Print the end of the log of a rank that failed; return its exit code."""
+    ranks.say(_describe(report, count, others))
+    for line in report["tail"]:
+        ranks.say(f"  {line}")
+    return int(report["code"])
+
+
 def _start_ranks(
     programs: list[ranks.Program],
+    spec: dict[str, Any],
     of_node: Sequence[tuple[int, dict[str, str]]],
     command: Sequence[str],
 ) -> None:
     for number, variables in of_node:
-        programs.append(ranks.Rank(number, command, {**_own_environment(), **variables}))
+        rank = ranks.Rank(number, command, {**_own_environment(), **variables})
+        rank.decides = is_decisive(spec, variables)
+        programs.append(rank)
 
 
 def _own_environment() -> dict[str, str]:
@@ -152,19 +229,16 @@ def _own_environment() -> dict[str, str]:
 
 
 def _count(spec: dict[str, Any]) -> int:
-    return int(spec["nodes"] * spec["processes_per_node"] + spec["parameter_servers"])
+    chief = int(spec.get("chief", False))
+    return int(spec["nodes"] * spec["processes_per_node"] + spec["parameter_servers"] + chief)
 
 
 def _tell_of(failed: ranks.Program, count: int, others: str) -> int:
     """Print the end of the log of a rank that failed; return its exit code."""
     code = failed.code or 1
     if isinstance(failed, ranks.Rank):
-        others = f"; {others}" if count > 1 else ""
-        ranks.say(
-            f"rank {failed.number} of {count} ended with exit code {code}{others}. The end of its log:"
-        )
-        for line in failed.tail:
-            ranks.say(f"  {line}")
+        report = {"rank": failed.number, "code": code, "tail": failed.tail}
+        return _tell_of_rank(report, count, f"; {others}")
     return code
 
 
@@ -183,12 +257,13 @@ def main() -> int:
     except NotTogetherError as error:
         ranks.say(str(error))
         return FOLLOWED
-    except NoMpiError as error:
+    except (NoMpiError, ranks.NotStartedError) as error:
         ranks.say(str(error))
         return _NOT_FOUND
     except OSError as error:
-        ranks.say(f"{command[0]!r} could not be started: {error.strerror or error}")
-        return _NOT_FOUND
+        where = f": {error.filename}" if error.filename else ""
+        ranks.say(f"this node can't take part: {error.strerror or error}{where}")
+        return _BROKEN
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from airflow_mlpipelines.runtime.node_shell import serve_shell
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
 GANG = "MLP_GANG"
@@ -75,6 +76,10 @@ class Nodes:
 
     plan: dict[str, Any]
     """What node 0 has told all of them before the start."""
+    report: dict[str, Any] | None = None
+    """What was told to node 0 of the first rank that failed, as :func:`report_rank` has it; on other nodes, None."""
+    blamed_for: tuple[str, ...] = ()
+    """The end of the log of the rank for which this node has to answer, once :meth:`verdict` says so."""
 
     def verdict(self) -> tuple[int, str] | None:
         """Return the exit code for this node and, if it is not 0, why; None as long as all goes well."""
@@ -86,6 +91,13 @@ class Nodes:
 
     def fail(self, code: int, why: str) -> None:
         """Say that something has failed here: all others end."""
+        raise NotImplementedError
+
+    def blame(self, node: int, code: int, why: str, tail: Sequence[str]) -> None:
+        """Have all other nodes end; ``node`` with ``code``, and the end of the log of the rank that failed there.
+
+        Only node 0 can.
+        """
         raise NotImplementedError
 
     def close(self) -> None:
@@ -118,7 +130,7 @@ class _First(Nodes):
         self._trouble: tuple[int, str] | None = None
         self._readers: list[threading.Thread] = []
         self._done = False
-        _serve(place, self._join)
+        _serve(place, {"join": self._join, "report": self._note})
         with self._changed:
             self._changed.wait_for(self._is_decided, place.wait_seconds)
             trouble = self._missing()
@@ -147,6 +159,11 @@ class _First(Nodes):
 
     def fail(self, code: int, why: str) -> None:
         self._tell(code, why)
+
+    def blame(self, node: int, code: int, why: str, tail: Sequence[str]) -> None:
+        with suppress(KeyError, LostError):
+            self._connections[node].send(kind="end", code=code, why=why, tail=tail)
+        self._tell(FOLLOWED, f"{self._place.name(node)}: {why}")
 
     def close(self) -> None:
         for connection in self._connections.values():
@@ -195,6 +212,14 @@ class _First(Nodes):
         except LostError:
             self._lose(node, "was lost")
 
+    def _note(self, connection: Connection, message: dict[str, Any]) -> None:
+        """Take in what a rank's process says of its end. Runs in the connection's own thread."""
+        with self._changed:
+            if self.report is None:
+                self.report = message
+        connection.send(kind="noted")
+        connection.close()
+
     def _lose(self, node: int, how: str) -> None:
         with self._changed:
             if self._trouble is None:
@@ -214,7 +239,7 @@ class _Other(Nodes):
         self._place = place
         self._verdict: tuple[int, str] | None = None
         self._said_done = False
-        _serve(place, None)
+        _serve(place, {})
         self._connection = self._reach(offer)
         try:
             told = self._connection.receive()
@@ -265,14 +290,33 @@ class _Other(Nodes):
     def _read(self) -> None:
         try:
             told = self._connection.receive()
+            self.blamed_for = tuple(told.get("tail", ()))
             self._verdict = int(told["code"]), str(told["why"])
         except LostError:
             self._verdict = FOLLOWED, f"{self._place.name(0)} was lost"
 
 
-def _serve(place: Place, join: Any) -> None:
-    """Answer the other nodes from now on: node 0 those that join, and all of them who starts a command."""
-    server = listen(place.port)
+def report_rank(place: Place, **report: Any) -> None:
+    """Tell node 0 of a rank that has failed (``rank``, ``host``, ``code``, ``tail``), and wait until it knows.
+
+    Raises:
+        LostError: It is gone.
+        OSError: It can't be reached.
+    """
+    connection = Connection.make(place.hosts[0], place.port, place.token)
+    connection.send(kind="report", **report)
+    connection.receive()
+    connection.close()
+
+
+def _serve(place: Place, handlers: Mapping[str, Callable[[Connection, Any], None]]) -> None:
+    """Answer from now on: on every node who starts a command, and the kinds of messages that have a handler."""
+    try:
+        server = listen(place.port)
+    except OSError as error:
+        said = os.strerror(error.errno) if error.errno else str(error)
+        why = f"port {place.port} can't be listened on: {said}"
+        raise OSError(error.errno, why) from error
 
     def answer(accepted: socket.socket) -> None:
         with suppress(LostError, OSError, KeyError, ValueError):
@@ -280,8 +324,8 @@ def _serve(place: Place, join: Any) -> None:
             message = connection.receive()
             if message["kind"] == "shell":
                 serve_shell(connection, str(message["command"]))
-            elif message["kind"] == "join" and join is not None:
-                join(connection, message)
+            elif message["kind"] in handlers:
+                handlers[message["kind"]](connection, message)
 
     def accept() -> None:
         while server.fileno() >= 0:

@@ -9,23 +9,38 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from airflow_mlpipelines.runtime.log_lines import LineFolder
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import IO
 
 LOGS = "logs"
 SIGNALLED = 128
 POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
+_AFTERMATH_SECONDS = 1.0
 _TAIL_LINES = 20
+_TAIL_CHARACTERS = 2000
+_CHUNK = 64 << 10
+
+
+class NotStartedError(Exception):
+    """A program is not there, or may not be run."""
 
 
 class Program:
-    """A process with a session of its own, which prints where this one does."""
+    """A process with a session of its own, which prints where this one does.
+
+    Attributes:
+        decides: Whether the gang is done only when this has ended well.
+    """
+
+    decides = True
 
     def __init__(
         self,
@@ -35,16 +50,38 @@ class Program:
         output: int | None = None,
         inherit: bool = False,
     ) -> None:
-        """Start it; with ``inherit``, it gets the files that this process was given open."""
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=None if output is None else subprocess.STDOUT,
-            close_fds=not inherit,
-            start_new_session=True,  # so that it can be ended with all that it has started
-        )
+        """Start it; with ``inherit``, it gets the files that this process was given open.
+
+        Raises:
+            NotStartedError: It can't be started.
+        """
+        self._ended: float | None = None
+        try:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+                close_fds=not inherit,
+                start_new_session=True,  # so that it can be ended with all that it has started
+            )
+        except OSError as error:
+            raise NotStartedError(
+                f"{command[0]!r} could not be started: {error.strerror or error}"
+            ) from error
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended with another exit code than 0.
+
+        What only serves others may break when they have ended well: that shows in a moment.
+        """
+        if not self.code:
+            return False
+        if self._ended is None:
+            self._ended = time.monotonic()
+        return self.decides or time.monotonic() - self._ended > _AFTERMATH_SECONDS
 
     @property
     def code(self) -> int | None:
@@ -83,13 +120,50 @@ class Rank(Program):
         self._thread.join(_GRACE_SECONDS)
 
     def _read(self) -> None:
-        lines: IO[bytes] = self._process.stdout  # type: ignore[assignment]
-        with Path(LOGS, f"std_log_process_{self.number}.txt").open("wb") as kept:
-            for line in lines:
-                kept.write(line)
-                kept.flush()
-                self.tail.append(line.decode("utf-8", "replace").rstrip("\r\n"))
-                _print(b"[rank %d] " % self.number + line.rstrip(b"\r\n"))
+        output: IO[bytes] = self._process.stdout  # type: ignore[assignment]
+        folder = LineFolder()
+        kept = _KeptLog(Path(LOGS, f"std_log_process_{self.number}.txt"))
+        while data := os.read(output.fileno(), _CHUNK):
+            kept.write(data)
+            self._hand_on(folder.feed(data))
+        self._hand_on(folder.finish())
+        kept.close()
+
+    def _hand_on(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.tail.append(line[:_TAIL_CHARACTERS])
+            _print(f"[rank {self.number}] {line}".encode("utf-8", "replace"))
+
+
+class _KeptLog:
+    """A rank's own output, byte for byte. If it can't be kept, that is said once, and the rank goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+        try:
+            self._file = path.open("wb", buffering=0)
+        except OSError as error:
+            self._give_up(error)
+
+    def write(self, data: bytes) -> None:
+        """Add to it."""
+        try:
+            if self._file is not None:
+                self._file.write(data)
+        except OSError as error:
+            self.close()
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Add no more."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+
+    def _give_up(self, error: OSError) -> None:
+        self._file = None
+        say(f"{self._path} can't be written: {error.strerror}")
 
 
 _printing = threading.Lock()
@@ -108,17 +182,31 @@ def say(text: str) -> None:
 
 
 def wait(programs: Sequence[Program]) -> Program | None:
-    """Return the first that fails, or None when all have ended well."""
+    """Return the first that fails, or None when all that decide have ended well."""
     while True:
         failed = find_failed(programs)
-        if failed is not None or all(program.code == 0 for program in programs):
+        if failed is not None or are_done(programs):
             return failed
         time.sleep(POLL_SECONDS)
 
 
+def are_done(programs: Sequence[Program]) -> bool:
+    """Return whether all that decide have ended well."""
+    return all(program.code == 0 for program in programs if program.decides)
+
+
 def find_failed(programs: Sequence[Program]) -> Program | None:
     """Return one that has ended with another exit code than 0, or None."""
-    return next((program for program in programs if program.code), None)
+    return next((program for program in programs if program.has_failed), None)
+
+
+@contextmanager
+def ending(programs: Sequence[Program]) -> Iterator[None]:
+    """End what still runs of ``programs`` at the end of the block."""
+    try:
+        yield
+    finally:
+        end(programs)
 
 
 def end(programs: Sequence[Program]) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+CHIEF = "chief"
 MPI, PYTORCH, TENSORFLOW = "mpi", "pytorch", "tensorflow"
 HERE = "127.0.0.1"
 GPUS_PER_NODE = "MLP_GPUS_PER_NODE"
@@ -31,13 +32,24 @@ def make_variables(
     """Return for every node its ranks, each with its number and its variables.
 
     Args:
-        spec: ``framework``, ``nodes``, ``processes_per_node`` and ``parameter_servers``.
+        spec: ``framework``, ``nodes``, ``processes_per_node``, ``parameter_servers`` and ``chief``.
         hosts: Every node's name.
         ports: Every node's free ports, as many as :func:`count_ports` says.
     """
     if spec["framework"] == PYTORCH:
         return _variables_of_pytorch(spec["processes_per_node"], hosts, ports[0][0])
     return _variables_of_tensorflow(spec, hosts, ports)
+
+
+def is_decisive(spec: dict[str, Any], variables: dict[str, str]) -> bool:
+    """Return whether a gang is done only when the rank with these variables is.
+
+    Parameter servers serve for ever, and so do the workers of a chief.
+    """
+    if spec["framework"] != TENSORFLOW:
+        return True
+    kind = json.loads(variables["TF_CONFIG"])["task"]["type"]
+    return bool(kind == (CHIEF if spec.get("chief") else "worker"))
 
 
 def gpus_of_node(node: int) -> dict[str, str]:
@@ -52,16 +64,30 @@ def gpus_of_node(node: int) -> dict[str, str]:
     }
 
 
-def free_ports(count: int, host: str = "") -> list[int]:
-    """Return ports that nobody listens on now. All are looked for at once, so that they differ."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind((host, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+class Ports:
+    """Ports that nobody listens on, kept from being given to anybody until the end of the block.
+
+    A socket that is bound and does not listen keeps the kernel from choosing its port for others. Whoever
+    listens with ``SO_REUSEADDR``, as PyTorch and TensorFlow do, may have it.
+    """
+
+    def __init__(self, count: int, host: str = "") -> None:
+        self._sockets = [socket.socket() for _ in range(count)]
+        try:
+            for each in self._sockets:
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                each.bind((host, 0))
+        except BaseException:
+            self.__exit__()
+            raise
+        self.numbers = [int(each.getsockname()[1]) for each in self._sockets]
+
+    def __enter__(self) -> Ports:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._sockets:
+            each.close()
 
 
 def _variables_of_pytorch(
@@ -100,7 +126,8 @@ def _variables_of_pytorch(
 def _tensorflow_tasks(spec: dict[str, Any]) -> list[tuple[str, int, int]]:
     """Return every task's kind, its number, and its node: workers in blocks, servers dealt out in turn."""
     nodes, workers = spec["nodes"], spec["processes_per_node"]
-    tasks = [("worker", number, number // workers) for number in range(nodes * workers)]
+    tasks = [(CHIEF, 0, 0)] if spec.get("chief") else []
+    tasks += [("worker", number, number // workers) for number in range(nodes * workers)]
     return tasks + [("ps", number, number % nodes) for number in range(spec["parameter_servers"])]
 
 

@@ -23,6 +23,7 @@ _STAGED = (
     "runtime/connection.py",
     "runtime/contract.py",
     "runtime/gang.py",
+    "runtime/log_lines.py",
     "runtime/metrics.py",
     "runtime/mpi.py",
     "runtime/node_shell.py",

@@ -68,12 +68,13 @@ class CacheSensor(BaseSensorOperator):
             super().execute(context)
         prefix = self.task_id[: -len(_SENSOR_TASK)]
         try:
-            plan = make_plan(self.graph, context, prefix)
+            plan = make_plan(self.graph, context, prefix, lambda line: self.log.info("%s", line))
         except DefinitionError as error:
             raise AirflowFailException(str(error)) from error
         context["ti"].xcom_push(key="plan", value=plan.to_dict())
         _push_offered_outputs(plan, context, prefix)
         self._log_plan(plan)
+        self._clear_up(context)
         reused = [
             f"{prefix}{step_id}"
             for step_id, decision in plan.steps.items()
@@ -81,6 +82,15 @@ class CacheSensor(BaseSensorOperator):
         ]
         if reused:
             raise DownstreamTasksSkipped(tasks=reused)
+
+    def _clear_up(self, context: Context) -> None:
+        """Remove what earlier runs have left on the pipeline's computes. Whatever comes of that, the run goes on."""
+        from airflow_mlpipelines.sensors.clearing import clear_up_after_others
+
+        try:
+            clear_up_after_others(self.graph, context)
+        except Exception as error:  # noqa: BLE001 - none of it is this run's own
+            self.log.warning("What earlier runs have left can't be looked after: %s", error)
 
     def _log_plan(self, plan: RunPlan) -> None:
         width = max((len(step_id) for step_id in plan.steps), default=0)

@@ -13,7 +13,7 @@ from airflow_mlpipelines.operators.connections import metadata_url, open_blobs, 
 from airflow_mlpipelines.storage.stat_cache import StatCache
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from airflow.sdk import Context
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.definition.graph import PipelineGraph
 
 
-def make_plan(graph: PipelineGraph, context: Context, prefix: str) -> RunPlan:
+def make_plan(
+    graph: PipelineGraph, context: Context, prefix: str, emit: Callable[[str], None]
+) -> RunPlan:
     """Return the plan of the run that this task instance belongs to; keep it, and what it reuses."""
     params = context["params"]
     index = MetadataIndex(metadata_url())
@@ -33,6 +35,7 @@ def make_plan(graph: PipelineGraph, context: Context, prefix: str) -> RunPlan:
         stores=open_stores(graph),
         cache=StatCache(settings.stat_cache_file()),
         blobs=open_blobs(),
+        emit=emit,
     )
     ti = context["ti"]
     index.put_plan(ti.dag_id, ti.run_id, ti.task_id, plan.to_dict())

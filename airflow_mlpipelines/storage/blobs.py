@@ -18,6 +18,11 @@ from typing import TYPE_CHECKING
 
 from airflow_mlpipelines._digest import DIGEST_PREFIX, digest
 from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.storage.disk_space import (
+    FullDiskError,
+    check_space,
+    telling_full_disk,
+)
 from airflow_mlpipelines.storage.file_locks import lock_directory, lock_file
 from airflow_mlpipelines.storage.placing import make_read_only
 from airflow_mlpipelines.storage.trees import digest_tree
@@ -83,6 +88,7 @@ class BlobCache:
 
         Raises:
             DataError: What was fetched has another digest.
+            FullDiskError: It doesn't fit on the disk.
         """
         target = self.path_of(digest)
         fetched = False
@@ -109,11 +115,15 @@ class BlobCache:
             size: Bytes that they have.
             fetch: Fetches them.
             name: By what a fetch that broke off is known again; None if it shall not be.
+
+        Raises:
+            FullDiskError: They don't fit on the disk.
         """
         with self._room(name) as room:
             self._make_room(size, own=room)
             made = room / "blob"
-            found = fetch(made) or digest_tree(made).digest
+            with self._space_for(size, room):
+                found = fetch(made) or digest_tree(made).digest
             self.adopt(found, size, made)
         return found
 
@@ -168,10 +178,13 @@ class BlobCache:
             self._make_room(size, own=room)
             made = room / "blob"
             went_on = any(room.iterdir())
-            found = self._fetch_checked(digest, made, fetch)
-            if found != digest and went_on:  # what an earlier try has left was not what it seemed
-                _empty(room)
+            with self._space_for(size, room):
                 found = self._fetch_checked(digest, made, fetch)
+                if (
+                    found != digest and went_on
+                ):  # what an earlier try has left was not what it seemed
+                    _empty(room)
+                    found = self._fetch_checked(digest, made, fetch)
             if found != digest:
                 _empty(room)
                 raise DataError(
@@ -180,6 +193,18 @@ class BlobCache:
                 )
             make_read_only(made)
             self._publish(made, self.path_of(digest), size)
+
+    @contextmanager
+    def _space_for(self, size: int, room: Path) -> Iterator[None]:
+        """Raise what is told of a full disk, now or in the middle, in words."""
+        left = _measure(room)
+        try:
+            check_space(room, size - left, limit=self.limit)
+            with telling_full_disk(room, size - left, limit=self.limit):
+                yield
+        except FullDiskError:
+            _empty(room)  # half of it is of no use, and its room is
+            raise
 
     @staticmethod
     def _fetch_checked(digest: str, made: Path, fetch: Fetch) -> str:
@@ -255,7 +280,7 @@ class BlobCache:
     @staticmethod
     def _delete_room(room: Path) -> int:
         """Delete a room in which nobody works; return the bytes that it took."""
-        with lock_directory(room) as held:
+        with lock_directory(room, create=False) as held:
             if not held:
                 return 0
             size = _measure(room)
@@ -275,7 +300,6 @@ class BlobCache:
             room = None
             if name is not None:
                 room = base / f"{_BROKEN}{digest('blob-room-v1', name)[:40]}"
-                room.mkdir(exist_ok=True)
                 if not held.enter_context(lock_directory(room)):  # another process works there
                     room = None
             if room is None:

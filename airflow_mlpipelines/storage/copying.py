@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines._digest import DIGEST_PREFIX
 from airflow_mlpipelines._units import show_duration, show_size
 from airflow_mlpipelines.exceptions import DataError
-from airflow_mlpipelines.storage.ends import CHUNK, RemoteEnd
+from airflow_mlpipelines.storage.ends import CHUNK
 from airflow_mlpipelines.storage.listing import VERSION_PREFIX, digest_versions, name_version
+from airflow_mlpipelines.storage.parts import PART, THREADS, StoppedError, carry_all, part_size
+from airflow_mlpipelines.storage.progress import Progress
+from airflow_mlpipelines.storage.sending import Sender
+from airflow_mlpipelines.storage.server_copies import copies_by_itself, has_other_bytes
 from airflow_mlpipelines.storage.stores import PART_SUFFIX
 from airflow_mlpipelines.storage.transfer import pin_external
 from airflow_mlpipelines.storage.trees import TreeDigest, combine_files
@@ -30,42 +35,8 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.storage.journal import Journal
     from airflow_mlpipelines.storage.listing import RemoteFile
 
-_FILES_AT_ONCE = 8
-_REPORT_SECONDS = 5.0
+_LOOK_SECONDS = 1.0
 _SAVE_SECONDS = 20.0
-
-
-class StoppedError(DataError):
-    """The transfer was told to stop."""
-
-
-class _Progress:
-    """How far a transfer is; many threads count."""
-
-    def __init__(self, files: int, size: int) -> None:
-        self._files, self._size = files, size
-        self._lock = threading.Lock()
-        self._started = self._reported = time.monotonic()
-        self.done = self.passed = 0
-
-    def add(self, *, files: int = 0, size: int = 0) -> None:
-        with self._lock:
-            self.done += files
-            self.passed += size
-
-    def describe(self) -> str:
-        rate = self.passed / max(time.monotonic() - self._started, 1e-3)
-        return (
-            f"{self.done} of {self._files} files, {show_size(self.passed)} of "
-            f"{show_size(self._size)}, {show_size(rate)}/s"
-        )
-
-    def is_due(self) -> bool:
-        now = time.monotonic()
-        if now - self._reported < _REPORT_SECONDS:
-            return False
-        self._reported = now
-        return True
 
 
 @dataclass(frozen=True)
@@ -103,16 +74,17 @@ class Transfer:
         listing = self.source.list()
         if listing.kind is None:
             raise DataError(f"{self.source.uri} is gone. Run the step that makes it once more.")
-        relied = bool(self.journal.entries)
+        relied = not self.journal.is_empty
         result = self._verify(listing, *self._bring(listing))
         if result is None and relied:
             self.emit("What is there is not what the source was: all of it is sent anew.")
-            self.journal.entries.clear()
+            self.journal.clear()
             result = self._verify(listing, *self._bring(listing))
         if result is None:
             raise DataError(
                 f"{self.source.uri} was changed after this run had looked it up, or did not arrive as it "
-                "was. Start a new run, which takes it as it is now."
+                "was. Start a new run, which takes it as it is now.",
+                retryable=not self._has_other_version(),
             )
         return result
 
@@ -125,10 +97,10 @@ class Transfer:
         digests: dict[str, str] = {}
         for name, file in listing.files.items():
             known = self.journal.find(file, before.files.get(name))
-            if known is not None and (known or self._on_server):
+            if known is not None:
                 digests[name] = known
         needed = [file for name, file in listing.files.items() if name not in digests]
-        how = "copied by the store itself" if self._on_server else "streamed"
+        how = "copied by the store itself" if self._on_server else "sent"
         self.emit(
             f"{self.source.uri} -> {self.target.uri}: {len(listing.files)} files, "
             f"{show_size(listing.size)}; {len(digests)} are there already, {len(needed)} are {how}"
@@ -137,8 +109,11 @@ class Transfer:
         started = time.monotonic()
         try:
             self._send_all(listing, needed, digests)
-        finally:
-            found = self._note(listing, digests)
+        except BaseException:
+            with suppress(DataError):  # the error that brought us here is the one to tell
+                self._note(listing, digests)
+            raise
+        found = self._note(listing, digests)
         for name in sorted(found.files.keys() - listing.files.keys()):
             self.target.delete(name)
         self.emit(f"{len(needed)} files sent in {show_duration(time.monotonic() - started)}")
@@ -148,7 +123,8 @@ class Transfer:
         if before.kind not in (None, listing.kind) and before.files:
             raise DataError(
                 f"{self.target.uri} is a {_word(before.kind)} already, and the source is a "
-                f"{_word(listing.kind)}. Choose another destination."
+                f"{_word(listing.kind)}. Choose another destination.",
+                retryable=False,
             )
         extra = sorted(
             name for name in before.files.keys() - listing.files.keys() if not _is_part(name)
@@ -157,87 +133,45 @@ class Transfer:
             raise DataError(
                 f"{self.target.uri} holds {len(extra)} files that the source lacks, such as "
                 f"{extra[0]!r}. Choose an empty destination, or DataReference(..., overwrite=True) to "
-                "have them deleted."
+                "have them deleted.",
+                retryable=False,
             )
 
     def _send_all(
         self, listing: Listing, files: Sequence[RemoteFile], digests: dict[str, str]
     ) -> None:
-        progress = _Progress(len(files), sum(file.size for file in files))
-        saved = time.monotonic()
-        send = self._copy if self._on_server else self._stream
+        """Send files, while the log is told how far it is and the journal what has come."""
+        progress = Progress(len(files), sum(file.size for file in files))
         failed = threading.Event()
-
-        def bring(file: RemoteFile) -> None:
-            if failed.is_set():
-                return
+        saved = time.monotonic()
+        largest = max((file.size for file in files), default=0)
+        threads = max(1, min(THREADS, THREADS * PART // part_size(largest)))
+        with (
+            Sender(self.source, self.target, self.journal, progress, self.stop, failed) as sender,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            jobs = sender.jobs(files, digests, on_server=self._on_server)
+            sending = pool.submit(carry_all, jobs, threads=threads, stop=failed)
             try:
-                digests[file.path] = send(file, progress, failed)
-            except BaseException:
-                failed.set()
-                raise
-            progress.add(files=1)
-
-        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-            pending = {pool.submit(bring, file) for file in files}
-            try:
-                while pending:
-                    done, pending = wait(pending, timeout=1, return_when=FIRST_EXCEPTION)
-                    for future in done:
-                        future.result()
+                while not wait([sending], timeout=_LOOK_SECONDS).done:
                     if progress.is_due():
                         self.emit(progress.describe())
-                    if pending and time.monotonic() - saved > _SAVE_SECONDS:
+                    if time.monotonic() - saved > _SAVE_SECONDS:
                         self._note(listing, dict(digests))
                         saved = time.monotonic()
             except BaseException:
                 failed.set()
-                pool.shutdown(wait=True, cancel_futures=True)
                 raise
-
-    def _stream(self, file: RemoteFile, progress: _Progress, failed: threading.Event) -> str:
-        """Send one file through this machine; return its digest as 64 hex digits."""
-        from blake3 import blake3
-
-        hasher, size = blake3(), 0
-        with (
-            self.source.store.translate_errors(self.source.below(file.path), "read"),
-            self.source.read(file.path) as reader,
-            self.target.store.translate_errors(self.target.below(file.path), "written"),
-            self.target.write(file.path, file.size) as writer,
-        ):
-            while chunk := reader.read(CHUNK):
-                if self.stop.is_set() or failed.is_set():
-                    raise StoppedError("The transfer was stopped.")
-                hasher.update(chunk)
-                writer.write(chunk)
-                size += len(chunk)
-                progress.add(size=len(chunk))
-            if size != file.size:
-                raise DataError(
-                    f"{self.source.store.uri(self.source.below(file.path))} had {file.size} bytes, and "
-                    f"{size} when it was read: somebody writes it."
-                )
-        return hasher.hexdigest()
-
-    def _copy(self, file: RemoteFile, progress: _Progress, failed: threading.Event) -> str:
-        """Let the store copy one file; return no digest."""
-        if self.stop.is_set() or failed.is_set():
-            raise StoppedError("The transfer was stopped.")
-        source = self.source.store.remote_path(self.source.below(file.path))
-        target = self.target.store.remote_path(self.target.below(file.path))
-        with self.target.store.translate_errors(self.target.below(file.path), "written"):
-            self.target.store.filesystem.cp_file(source, target)
-        progress.add(size=file.size)
-        return ""
+            if progress.is_due():
+                self.emit(progress.describe())
+            try:
+                sending.result()
+            except StoppedError:
+                raise StoppedError("The transfer was stopped.") from None
 
     @property
     def _on_server(self) -> bool:
-        """Whether both ends are of one store, seen with the same credentials, that copies by itself."""
-        if not (isinstance(self.source, RemoteEnd) and isinstance(self.target, RemoteEnd)):
-            return False
-        ours, theirs = self.source.store, self.target.store
-        return ours.protocol.copies and bool(ours.filesystem == theirs.filesystem)
+        return copies_by_itself(self.source, self.target)
 
     def _note(self, listing: Listing, digests: dict[str, str]) -> Listing:
         """Note in the journal what is at the target now, and return it."""
@@ -261,17 +195,25 @@ class Transfer:
                 raise DataError(
                     f"{self.target.store.uri(self.target.below(name))} {said}, not {file.size} bytes"
                 )
-        pinned = self.artifact.digest
-        if pinned.startswith(VERSION_PREFIX):
-            now = pin_external(self.source.store, self.source.path, how="version")
-            if now is None or now.digest != pinned:
+            if not digests[name] and has_other_bytes(self.source, self.target, file, there):
                 return None
+        if self._has_other_version():
+            return None
+        pinned = self.artifact.digest
         digest = self._digest(listing, found, digests)
         if pinned.startswith(DIGEST_PREFIX) and digest != pinned:
             return None
         links = sum(kind == b"l" for _, kind, _ in listing.others)
         kind = "file" if listing.kind == "file" else "dir"
         return TreeDigest(digest, listing.size, len(listing.files) + links, kind)  # type: ignore[arg-type]
+
+    def _has_other_version(self) -> bool:
+        """Whether the source, if it is known by its version, is not what it was when the run began."""
+        pinned = self.artifact.digest
+        if not pinned.startswith(VERSION_PREFIX):
+            return False
+        now = pin_external(self.source.store, self.source.path, how="version")
+        return now is None or now.digest != pinned
 
     def _digest(self, listing: Listing, found: Listing, digests: dict[str, str]) -> str:
         if all(digests.values()):
@@ -284,23 +226,39 @@ class Transfer:
             return known
         if self.artifact.digest.startswith(VERSION_PREFIX):
             return digest_versions(self.target.store, self.target.path, list(found.files.values()))
-        self.emit("Reading what has arrived: its digest is not known by the store's version of it")
-        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-            read = dict(zip(listing.files, pool.map(self._read_back, listing.files), strict=True))
-        return _combine(listing, read)
+        unread = [file for name, file in listing.files.items() if not digests[name]]
+        self.emit(
+            f"Reading {len(unread)} files that have arrived: the store's version of them tells no digest"
+        )
+        progress = Progress(len(unread), sum(file.size for file in unread))
+        with ThreadPoolExecutor(THREADS) as pool:
+            reading = {file.path: pool.submit(self._read_back, file, progress) for file in unread}
+            pending: set[Future[str]] = set(reading.values())
+            while pending:
+                done, pending = wait(pending, timeout=_LOOK_SECONDS, return_when=FIRST_EXCEPTION)
+                if progress.is_due():
+                    self.emit(f"{progress.describe()} read")
+                if any(future.exception() is not None for future in done):
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    break
+        return _combine(
+            listing, {**digests, **{name: future.result() for name, future in reading.items()}}
+        )
 
-    def _read_back(self, name: str) -> str:
+    def _read_back(self, file: RemoteFile, progress: Progress) -> str:
         from blake3 import blake3
 
         hasher = blake3()
         with (
-            self.target.store.translate_errors(self.target.below(name), "read"),
-            self.target.read(name) as reader,
+            self.target.store.translate_errors(self.target.below(file.path), "read"),
+            self.target.read(file.path) as reader,
         ):
             while chunk := reader.read(CHUNK):
                 if self.stop.is_set():
                     raise StoppedError("The transfer was stopped.")
                 hasher.update(chunk)
+                progress.add(size=len(chunk))
+        progress.add(files=1)
         return hasher.hexdigest()
 
 

@@ -11,12 +11,16 @@ from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.storage.listing import RemoteFile, list_remote
+from airflow_mlpipelines.storage.parts import read_part
+from airflow_mlpipelines.storage.ranges import read_range
 from airflow_mlpipelines.storage.stores import part_beside
 from airflow_mlpipelines.storage.trees import walk_tree
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Iterator
 
+    from airflow_mlpipelines.storage.parts import Part
     from airflow_mlpipelines.storage.stores import Store
 
 CHUNK = 8 << 20
@@ -66,6 +70,19 @@ class End(ABC):
     def read(self, name: str) -> IO[bytes]:
         """Open a file for reading."""
 
+    @property
+    @abstractmethod
+    def has_ranges(self) -> bool:
+        """Whether any part of a file can be read, at no more cost than its bytes."""
+
+    @abstractmethod
+    def read_part(self, file: RemoteFile, part: Part, stop: threading.Event) -> bytes | memoryview:
+        """Return a part of a file; once ``stop`` is set none is wanted any more.
+
+        Raises:
+            DataError: The file is other than it was when it was listed.
+        """
+
     @abstractmethod
     def write(self, name: str, size: int) -> Any:
         """Give, as a context, a file to write to; after the context it is there whole, or not at all."""
@@ -90,7 +107,8 @@ class LocalEnd(End):
     def _root(self) -> Path:
         return self.store.local_path(self.path)
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """Return where a file is."""
         return self._root / name if name else self._root
 
     def list(self) -> Listing:
@@ -114,13 +132,29 @@ class LocalEnd(End):
 
     def read(self, name: str) -> IO[bytes]:
         """Open a file for reading."""
-        return self._file(name).open("rb")
+        return self.file(name).open("rb")
+
+    @property
+    def has_ranges(self) -> bool:
+        """They always can."""
+        return True
+
+    def read_part(self, file: RemoteFile, part: Part, stop: threading.Event) -> bytes | memoryview:
+        """Return a part of a file, which is still as long as it was."""
+        del stop
+        place = self.file(file.path)
+        data = read_part(str(place), part)
+        if data is None or place.stat().st_size != file.size:
+            raise DataError(
+                f"{str(place)!r} had {file.size} bytes, and has others while it is read: somebody writes it."
+            )
+        return data
 
     @contextmanager
     def write(self, name: str, size: int) -> Iterator[IO[bytes]]:
         """Give a file beside the target's place, which takes that place in the end."""
         del size
-        target = self._file(name)
+        target = self.file(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(part_beside(str(target)))
         try:
@@ -135,7 +169,7 @@ class LocalEnd(End):
 
     def delete(self, name: str) -> None:
         """Delete a file that is there."""
-        self._file(name).unlink(missing_ok=True)
+        self.file(name).unlink(missing_ok=True)
 
     def make_others(self, listing: Listing) -> None:
         """Make directories and symbolic links."""
@@ -165,6 +199,15 @@ class RemoteEnd(End):
         place = self.store.remote_path(self.below(name))
         block = CHUNK if self.store.protocol.ranges else 0
         return cast("IO[bytes]", self.store.filesystem.open(place, "rb", block_size=block))
+
+    @property
+    def has_ranges(self) -> bool:
+        """They can in object stores; elsewhere each part would be a file opened anew."""
+        return self.store.protocol.whole_objects and self.store.protocol.ranges
+
+    def read_part(self, file: RemoteFile, part: Part, stop: threading.Event) -> bytes | memoryview:
+        """Return a part of a file."""
+        return read_range(self.store, self.below(file.path), file, part, stop=stop)
 
     @contextmanager
     def write(self, name: str, size: int) -> Iterator[IO[bytes]]:
@@ -210,7 +253,8 @@ class RemoteEnd(End):
         if wrong:
             raise DataError(
                 f"the source holds {wrong[0]}, which datastore {self.store.name!r} ({self.store.url}) "
-                "can't hold. Change it there, or transfer a part of it."
+                "can't hold. Change it there, or transfer a part of it.",
+                retryable=False,
             )
 
 

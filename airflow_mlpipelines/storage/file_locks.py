@@ -27,7 +27,31 @@ def lock_file(
         create: Whether to make it where it is not there.
     """
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-    handle = _open_locked(path, how, create=create)
+    if create:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    with _hold(path, how, flags, create=create) as held:
+        yield held
+
+
+@contextmanager
+def lock_directory(path: Path, *, create: bool = True) -> Iterator[bool]:
+    """Hold a directory alone, and give True; False if others hold it, or it is not there to be held.
+
+    A holder may delete it: whoever comes for it at that moment makes it anew.
+
+    Args:
+        path: The directory; that above it is there.
+        create: Whether to make it where it is not there.
+    """
+    how, flags = fcntl.LOCK_EX | fcntl.LOCK_NB, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    with _hold(path, how, flags, create=create) as held:
+        yield held
+
+
+@contextmanager
+def _hold(path: Path, how: int, flags: int, *, create: bool) -> Iterator[bool]:
+    handle = _open_locked(path, how, flags, create=create)
     try:
         yield handle is not None
     finally:
@@ -35,15 +59,18 @@ def lock_file(
             os.close(handle)
 
 
-def _open_locked(path: Path, how: int, *, create: bool) -> int | None:
-    if create:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def _open_locked(path: Path, how: int, flags: int, *, create: bool) -> int | None:
+    makes_directory = create and bool(flags & os.O_DIRECTORY)
     while True:
+        if makes_directory:
+            path.mkdir(exist_ok=True)
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
+            handle = os.open(path, flags, 0o644)
         except FileNotFoundError:
             if not create:
                 return None
+            if makes_directory:  # deleted since it was made
+                continue
             raise
         kept = False
         try:
@@ -65,18 +92,3 @@ def _is_still(path: Path, handle: int) -> bool:
     except FileNotFoundError:
         return False
     return os.path.samestat(found, os.fstat(handle))
-
-
-@contextmanager
-def lock_directory(path: Path) -> Iterator[bool]:
-    """Hold a directory alone, and give True; False if others hold it."""
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)

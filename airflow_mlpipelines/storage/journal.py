@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines._digest import digest
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 _VERSION = 1
 Entry = tuple[str, str, str]
 """The source's version of a file, the destination's, and its digest (64 hex digits, or nothing)."""
+Begun = tuple[str, int, str]
+"""The source's version of a large file, the size of its parts, and the token by which the target knows it again."""
 
 
 class Journal:
@@ -30,6 +33,8 @@ class Journal:
         self._store = store
         self._path = f"transfers/{digest('transfer-v1', [source, target])}.json"
         self.entries: dict[str, Entry] = {}
+        self._begun: dict[str, Begun] = {}
+        self._lock = threading.RLock()
 
     def load(self) -> None:
         """Read what earlier tries noted."""
@@ -42,8 +47,22 @@ class Journal:
                     str(name): (str(source), str(target), str(content))
                     for name, (source, target, content) in data["files"].items()
                 }
+                self._begun = {
+                    str(name): (str(source), int(part_size), str(token))
+                    for name, (source, part_size, token) in data.get("begun", {}).items()
+                }
         except (DataError, ValueError, KeyError, TypeError, AttributeError):
-            self.entries = {}
+            self.entries, self._begun = {}, {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no earlier try is known to have brought anything."""
+        return not self.entries and not self._begun
+
+    def clear(self) -> None:
+        """Believe nothing of what earlier tries noted."""
+        with self._lock:
+            self.entries, self._begun = {}, {}
 
     def save(self) -> None:
         """Write it, whole.
@@ -51,18 +70,42 @@ class Journal:
         Raises:
             DataError: It can't be written.
         """
-        data = {"version": _VERSION, "files": self.entries}
-        self._store.write_bytes(self._path, json.dumps(data).encode())
+        with self._lock:
+            data = {"version": _VERSION, "files": self.entries, "begun": self._begun}
+            self._store.write_bytes(self._path, json.dumps(data).encode())
 
     def forget(self) -> None:
         """Delete it."""
-        self.entries = {}
+        self.clear()
         self._store.delete(self._path)
 
     def note(self, source: RemoteFile, target: RemoteFile | None, content: str) -> None:
         """Note that a file has arrived, if both ends tell versions to know it by."""
         if target is not None and source.version is not None and target.version is not None:
-            self.entries[source.path] = (_show(source), _show(target), content)
+            with self._lock:
+                self.entries[source.path] = (_show(source), _show(target), content)
+                self._begun.pop(source.path, None)
+
+    def note_begun(self, source: RemoteFile, part_size: int, token: str) -> None:
+        """Note that a large file is on its way in parts, and write that.
+
+        Raises:
+            DataError: It can't be written.
+        """
+        entry = (_show(source), part_size, token)
+        with self._lock:
+            if self._begun.get(source.path) != entry:
+                self._begun[source.path] = entry
+                self.save()
+
+    def find_begun(self, source: RemoteFile, part_size: int) -> tuple[str | None, str | None]:
+        """Return the token of a large file that is on its way, and of one of another version that was."""
+        with self._lock:
+            entry = self._begun.get(source.path)
+        if entry is None:
+            return None, None
+        is_same = source.version is not None and entry[:2] == (_show(source), part_size)
+        return (entry[2], None) if is_same else (None, entry[2])
 
     def find(self, source: RemoteFile, target: RemoteFile | None) -> str | None:
         """Return the digest of a file that has arrived and is unchanged at both ends, else None."""

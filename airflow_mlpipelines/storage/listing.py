@@ -9,7 +9,7 @@ from airflow_mlpipelines._digest import digest
 from airflow_mlpipelines.exceptions import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from airflow_mlpipelines.storage.stores import Store
 
@@ -77,13 +77,23 @@ def _find_version(info: dict[str, Any]) -> str | None:
 
 
 def digest_versions(store: Store, path: str, files: Sequence[RemoteFile]) -> str:
-    """Return ``version:`` and 64 hex digits over names, sizes and versions of what is at ``path``.
+    """Return ``version:`` and 64 hex digits over the place, and names, sizes and versions of what is there.
 
     Raises:
         DataError: The store tells no version of a file.
     """
     versions = {file.path: _version_of(store, path, file) for file in files}
-    return f"{VERSION_PREFIX}{digest('data-version-v1', versions)}"
+    return digest_place(store, path, versions)
+
+
+def digest_place(store: Store, path: str, versions: Mapping[str, object]) -> str:
+    """Return ``version:`` and 64 hex digits over a place and what is told of the files there.
+
+    The place counts: two files may well have one size and one time, and etags are some servers' times.
+    """
+    # The server, or the account, may be in the connection alone.
+    server = [store.arguments.get(name) for name in ("host", "port", "account_name")]
+    return f"{VERSION_PREFIX}{digest('data-version-v2', [store.uri(path), server, versions])}"
 
 
 def _version_of(store: Store, path: str, file: RemoteFile) -> str:
@@ -99,4 +109,4 @@ def name_version(store: Store, path: str, files: Sequence[RemoteFile]) -> str | 
     """Return a name that only these bytes at this place ever have; None where the store tells none."""
     if not all(file.names_content for file in files):
         return None
-    return f"{store.uri(path)} {digest_versions(store, path, files)}"
+    return digest_versions(store, path, files)

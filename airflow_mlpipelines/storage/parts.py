@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PART = 8 << 20
 THREADS = 8
+_MOST_PARTS = 9000
+"""S3 takes 10,000."""
 _WAIT_SECONDS = 0.5
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -84,6 +86,46 @@ class OrderedDigest:
         return bytes(self._hasher.digest())
 
 
+class Memory:
+    """Bytes that jobs may have in memory, all together; whoever was given out first gets them first.
+
+    Args:
+        size: How many. A job that wants more than all of them is done alone.
+        stop: Is set when a job has failed.
+    """
+
+    def __init__(self, size: int, stop: threading.Event) -> None:
+        self._size = self._free = size
+        self._stop = stop
+        self._change = threading.Condition()
+
+    def lend(self, size: int, job: Callable[[], None]) -> Callable[[], None]:
+        """Return the job, once there are so many bytes for it; they are free again when it is done.
+
+        Called as jobs are given out, by one thread at a time: those that have theirs then wait for none that has not.
+
+        Raises:
+            StoppedError: Another job has failed.
+        """
+        taken = min(size, self._size)
+        with self._change:
+            while self._free < taken:
+                if self._stop.is_set():
+                    raise StoppedError("stopped")
+                self._change.wait(_WAIT_SECONDS)
+            self._free -= taken
+
+        def do() -> None:
+            try:
+                job()
+            finally:
+                with self._change:
+                    self._free += taken
+                    self._change.notify_all()
+
+        return do
+
+
 def carry_all(
     jobs: Iterable[Callable[[], None]], *, threads: int = THREADS, stop: threading.Event
 ) -> None:
@@ -117,6 +159,33 @@ def carry_all(
             raise
     for error in sorted(errors, key=lambda error: isinstance(error, StoppedError)):
         raise error
+
+
+def part_size(size: int) -> int:
+    """Return how large the parts of a file of ``size`` bytes are; grown where a store takes no more of them."""
+    return max(PART, -(-size // _MOST_PARTS))
+
+
+def read_part(local: str, part: Part) -> bytes | None:
+    """Return a part of a file of this machine that was brought before, or None if it is not here after all."""
+    try:
+        with open(local, "rb", buffering=0) as file:  # noqa: PTH123 - thousands of them
+            data = os.pread(file.fileno(), part.size, part.start)
+    except OSError:
+        return None
+    return data if len(data) == part.size else None
+
+
+def write_part(local: str, part: Part, data: bytes | memoryview) -> None:
+    """Write a part to its place in a file of this machine, which is made if it is not there."""
+    handle = os.open(local, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        view, at = memoryview(data), part.start
+        while view:
+            written = os.pwrite(handle, view, at)
+            view, at = view[written:], at + written
+    finally:
+        os.close(handle)
 
 
 class PartsJournal:

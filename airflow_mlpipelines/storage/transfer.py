@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from airflow_mlpipelines._digest import digest as digest_value
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.storage.artifact import Artifact
+from airflow_mlpipelines.storage.disk_space import telling_full_disk
 from airflow_mlpipelines.storage.download import download
 from airflow_mlpipelines.storage.listing import (
     VERSION_PREFIX,
     RemoteFile,
     digest_versions,
     list_remote,
-    name_version,
 )
+from airflow_mlpipelines.storage.pinning import ListedData, digest_content, pin_local
 from airflow_mlpipelines.storage.placing import place as place_blob
 from airflow_mlpipelines.storage.trees import TreeDigest, combine_files, digest_tree, walk_tree
 from airflow_mlpipelines.storage.upload import upload
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from airflow_mlpipelines.storage.blobs import BlobCache
     from airflow_mlpipelines.storage.stat_cache import StatCache
@@ -42,6 +41,8 @@ def pin_external(
     how: Literal["content", "version"] = "content",
     cache: StatCache | None = None,
     blobs: BlobCache | None = None,
+    keep: bool = True,
+    emit: Callable[[str], None] | None = None,
 ) -> Artifact | None:
     """Return what is at ``path`` now, or None if nothing is there.
 
@@ -51,7 +52,10 @@ def pin_external(
         how: ``content`` reads the data (or knows them unread from ``cache``); ``version`` believes the
             store: etag or generation, else modification time and size.
         cache: Digests of local files that were read before.
-        blobs: Where data read from a remote store are kept, so that the step need not fetch them again.
+        blobs: Where data read from a remote store are kept, so that the step need not fetch them again. What is
+            larger than it may hold, or than this disk has room for, is read and kept nowhere.
+        keep: Whether to keep them there: a step that opens them by itself has nothing of it.
+        emit: Takes lines for the log, which say how far a remote store has been read.
 
     Raises:
         DataError: The data can't be read, or the store tells no version.
@@ -59,64 +63,15 @@ def pin_external(
     if not store.exists(path):
         return None
     if store.is_local:
-        return _pin_local(store, path, how, cache)
+        return pin_local(store, path, how, cache)
     files, kind = list_remote(store, path)
     size = sum(file.size for file in files)
     if how == "version":
         digest = digest_versions(store, path, files)
     else:
-        digest = _digest_remote(store, path, files, kind, blobs)
+        wanted = ListedData(store, path, files, kind)
+        digest = digest_content(wanted, blobs, keep=keep, emit=emit)
     return Artifact(store.uri(path), digest, size, len(files), kind)
-
-
-def _pin_local(
-    store: Store, path: str, how: Literal["content", "version"], cache: StatCache | None
-) -> Artifact:
-    target = store.local_path(path)
-    if how == "content":
-        tree = digest_tree(target, cache=cache)
-        return Artifact(store.uri(path), tree.digest, tree.size, tree.files, tree.kind)
-    if target.is_file():
-        status = target.stat()
-        seen: dict[str, list[int]] = {"": [status.st_size, status.st_mtime_ns]}
-        kind: Literal["dir", "file"] = "file"
-    else:
-        kind = "dir"
-        seen = {
-            os.fsdecode(entry.path): [entry.stat.st_size, entry.stat.st_mtime_ns]
-            for entry in walk_tree(os.fsencode(target))
-            if entry.kind != b"d"
-        }
-    digest = f"{VERSION_PREFIX}{digest_value('data-version-v1', seen)}"
-    return Artifact(
-        store.uri(path), digest, sum(size for size, _ in seen.values()), len(seen), kind
-    )
-
-
-def _digest_remote(
-    store: Store,
-    path: str,
-    files: list[RemoteFile],
-    kind: Literal["dir", "file"],
-    blobs: BlobCache | None,
-) -> str:
-    """Return the content's digest, read once per version where the store tells versions."""
-
-    def bring(made: Path) -> str:
-        return download(store, path, files, kind, made)
-
-    if blobs is None:
-        with tempfile.TemporaryDirectory(prefix="mlpipelines-pin-") as room:
-            return bring(Path(room, "data"))
-    version = name_version(store, path, files)
-    known = blobs.content_of(version) if version is not None else None
-    if known is not None:
-        return known
-    digest = blobs.add(sum(file.size for file in files), bring, name=version)
-    # What changed while it was read has the one version before, and the other bytes after.
-    if version is not None and name_version(store, path, list_remote(store, path)[0]) == version:
-        blobs.note_content(version, digest)
-    return digest
 
 
 # ---- outputs -----------------------------------------------------------------------------------
@@ -276,7 +231,10 @@ def fetch(
 
     with ExitStack() as own:
         use = blobs.use(artifact.digest, artifact.size, bring)
-        place_blob((held or own).enter_context(use), target, link=link)
+        blob = (held or own).enter_context(use)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with telling_full_disk(target.parent, artifact.size, limit=blobs.limit):
+            place_blob(blob, target, link=link)
     return target
 
 

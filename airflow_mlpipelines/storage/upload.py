@@ -20,11 +20,13 @@ from airflow_mlpipelines.storage.listing import list_remote
 from airflow_mlpipelines.storage.parts import (
     PART,
     THREADS,
+    Memory,
     OrderedDigest,
     Part,
     StoppedError,
     carry_all,
     cut,
+    part_size,
 )
 from airflow_mlpipelines.storage.s3_objects import NotServedError, find_objects
 from airflow_mlpipelines.storage.trees import digest_file
@@ -34,11 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from airflow_mlpipelines.storage.listing import RemoteFile
-    from airflow_mlpipelines.storage.s3_objects import S3Objects
     from airflow_mlpipelines.storage.stores import Store
-
-_MOST_PARTS = 9000
-"""S3 takes 10,000."""
 
 
 class _Sent(NamedTuple):
@@ -89,7 +87,7 @@ def has_content(known: RemoteFile, file: Path) -> bool:
     if "-" not in etag:
         with file.open("rb") as opened:
             return etag == hashlib.file_digest(opened, _md5).hexdigest()
-    return etag == _etag_in_parts(file, cut(size, _part_size(size)))
+    return etag == _etag_in_parts(file, cut(size, part_size(size)))
 
 
 class _Upload:
@@ -101,20 +99,21 @@ class _Upload:
         self._present = present
         self._alone = alone
         self._begun: list[_LargeFile] = []
+        # Whatever way S3's objects go: through a proxy, with a key of the customer's, by nobody in particular.
+        self._in_parts = store.protocol.name == "S3"
         self._objects = find_objects(store)
         self._stop = threading.Event()
         self._digests: dict[str, bytes] = {}
 
     def run(self, files: Mapping[str, Path]) -> dict[str, bytes]:
         largest = max(file.stat().st_size for file in files.values())
-        part_size = _part_size(largest)
         unfinished: dict[str, list[str]] = {}
-        if self._alone and self._objects is not None and largest > part_size:
+        if self._alone and self._in_parts and largest > PART:
             unfinished = _list_unfinished(self._store, self._store.remote_path(self._path))
-        jobs = self._jobs(files, part_size, unfinished)
-        threads = max(1, min(THREADS, THREADS * PART // part_size))
+        # Two at a time also of the largest parts there are, and else as many bytes as threads have parts.
+        memory = Memory(max(THREADS * PART, 2 * part_size(largest)), self._stop)
         try:
-            carry_all(jobs, threads=threads, stop=self._stop)
+            carry_all(self._jobs(files, unfinished, memory), stop=self._stop)
         except BaseException:
             if not self._alone:  # nobody would know it again as ours
                 for sending in self._begun:
@@ -123,17 +122,17 @@ class _Upload:
         return self._digests
 
     def _jobs(
-        self, files: Mapping[str, Path], part_size: int, unfinished: Mapping[str, Sequence[str]]
+        self, files: Mapping[str, Path], unfinished: Mapping[str, Sequence[str]], memory: Memory
     ) -> Iterator[Callable[[], None]]:
-        objects = self._objects
         for name, file in files.items():
-            remote = self._store.remote_path(_join(self._path, name))
-            if objects is None:
-                yield partial(self._send_whole, name, file, remote)
+            if not self._in_parts:
+                yield partial(self._send_whole, name, file)
                 continue
-            parts = cut(file.stat().st_size, part_size)
+            remote = self._store.remote_path(_join(self._path, name))
+            size = file.stat().st_size
+            parts = cut(size, part_size(size))
             if len(parts) == 1:
-                yield partial(self._send_small, objects, name, file, remote)
+                yield memory.lend(size, partial(self._send_small, name, file, remote))
                 continue
             sending = _LargeFile(self._store, remote, file, parts, self._stop)
             known = self._present.get(name)
@@ -143,27 +142,33 @@ class _Upload:
             sending.begin(unfinished.get(remote.partition("/")[2], ()))
             self._begun.append(sending)
             for part in parts:
-                yield partial(self._send_part, name, sending, part)
+                yield memory.lend(part.size, partial(self._send_part, name, sending, part))
 
-    def _send_whole(self, name: str, file: Path, remote: str) -> None:
+    def _send_whole(self, name: str, file: Path) -> None:
         digest = digest_file(os.fsencode(file))
         with self._store.publish(_join(self._path, name)) as place:
             self._store.filesystem.put_file(str(file), place)
         self._digests[name] = digest
 
-    def _send_small(self, objects: S3Objects, name: str, file: Path, remote: str) -> None:
+    def _send_small(self, name: str, file: Path, remote: str) -> None:
         from blake3 import blake3
 
         data = _read_local(file, Part(0, 0, file.stat().st_size))
         known = self._present.get(name)
         if known is None or not _is_same(known, data):
+            self._write(remote, data, _guess_type(name))
+        self._digests[name] = blake3(data).digest()
+
+    def _write(self, remote: str, data: bytes, kind: str | None) -> None:
+        """Write an object of one part."""
+        if self._objects is not None:
             try:
-                objects.write(remote, data, content_type=_guess_type(name))
+                return self._objects.write(remote, data, content_type=kind)
             except NotServedError:
                 if self._stop.is_set():
                     raise StoppedError("stopped") from None
-                self._store.filesystem.put_file(str(file), remote)
-        self._digests[name] = blake3(data).digest()
+        self._store.filesystem.pipe_file(remote, data, **({"ContentType": kind} if kind else {}))
+        return None
 
     def _send_part(self, name: str, sending: _LargeFile, part: Part) -> None:
         data = _read_local(sending.file, part)
@@ -316,10 +321,6 @@ def _plain_etag(file: RemoteFile) -> str | None:
 def _is_same(file: RemoteFile, data: bytes) -> bool:
     etag = _plain_etag(file)
     return etag is not None and file.size == len(data) and _is_md5(etag, data)
-
-
-def _part_size(size: int) -> int:
-    return max(PART, -(-size // _MOST_PARTS))
 
 
 def _etag_in_parts(file: Path, parts: Sequence[Part]) -> str:

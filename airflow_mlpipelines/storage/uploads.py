@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -23,10 +24,17 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.storage.artifact import Artifact
     from airflow_mlpipelines.storage.listing import RemoteFile
     from airflow_mlpipelines.storage.stores import Store
+    from airflow_mlpipelines.storage.upload_notes import UploadNote
 
 
 def upload_files(
-    store: Store, path: str, source: Path, *, overwrite: bool, step_run: str
+    store: Store,
+    path: str,
+    source: Path,
+    *,
+    overwrite: bool,
+    step_run: str,
+    note: UploadNote | None = None,
 ) -> Artifact:
     """Return what is at the place, once a step's files are there. Other files there are left alone.
 
@@ -40,11 +48,14 @@ def upload_files(
         overwrite: Whether files there of the same names are replaced. Else those with other bytes are an
             error, and nothing is sent.
         step_run: The id of the step run.
+        note: What earlier tries have sent, whose files are replaced anyway; what this one sends is added.
 
     Raises:
         DataError: There are no files, the place has files of these names, or they can't be sent.
     """
-    files = check_upload(store, path, source, overwrite=overwrite)
+    files = check_upload(store, path, source, overwrite=overwrite, note=note)
+    if files and note is not None and not overwrite:
+        note.add(files)
     if store.is_local:
         with store.translate_errors(path, "written"):
             for name, file in files.items():
@@ -57,10 +68,13 @@ def upload_files(
     return replace(found, version=found.digest, step_run=step_run)
 
 
-def check_upload(store: Store, path: str, source: Path, *, overwrite: bool) -> dict[str, Path]:
+def check_upload(
+    store: Store, path: str, source: Path, *, overwrite: bool, note: UploadNote | None = None
+) -> dict[str, Path]:
     """Return where each file to send is, by its path below the directory, if all of them may go to the place.
 
-    Without ``overwrite``, those that are there already, with the same bytes, are not among them.
+    Without ``overwrite``, those that are there already, with the same bytes, are not among them; and those with other
+    bytes are in the way, unless an earlier try has sent them.
 
     Raises:
         DataError: There are no files, or the place has files of these names with other bytes; these errors are
@@ -78,14 +92,19 @@ def check_upload(store: Store, path: str, source: Path, *, overwrite: bool) -> d
     if overwrite:
         return files
     there = _find_there(store, path, files)
-    taken = [name for name, is_same in there.items() if not is_same]
+    differing = [name for name, is_same in there.items() if not is_same]
+
+    def is_ours(name: str) -> bool:
+        return note is not None and note.has_sent(name, partial(_digest_there, store, path, name))
+
+    taken = [name for name in differing if not is_ours(name)]
     if taken:
         raise DataError(
             f"{store.uri(path)} holds {list_options(taken)} already, with other content. Nothing was sent. "
             "Choose another path_on_datastore, or say overwrite=True to replace them.",
             retryable=False,
         )
-    return {name: file for name, file in files.items() if name not in there}
+    return {name: file for name, file in files.items() if not there.get(name)}
 
 
 def _list_files(source: Path) -> dict[str, Path]:
@@ -118,6 +137,23 @@ def _find_there(store: Store, path: str, files: Mapping[str, Path]) -> dict[str,
         for name, file in files.items()
         if name in there
     }
+
+
+def _digest_there(store: Store, path: str, name: str) -> str:
+    """Return the digest (64 hex digits) of a file at the place, or nothing if it is none by now."""
+    from blake3 import blake3
+
+    end = open_end(store, path)
+    hasher = blake3()
+    try:
+        with store.translate_errors(end.below(name), "read"), end.read(name) as opened:
+            while data := opened.read(CHUNK):
+                hasher.update(data)
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError):
+            return ""
+        raise
+    return hasher.hexdigest()
 
 
 def _is_same_remote(ours: Path, store: Store, path: str, theirs: RemoteFile) -> bool:

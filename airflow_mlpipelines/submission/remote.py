@@ -62,12 +62,24 @@ def submit_over_rest(
 
 
 def _check_pools(graph: PipelineGraph, client: AirflowClient) -> None:
-    """Refuse what would never start: Airflow lets a task wait for ever if its pool is not there."""
+    """Refuse what would never start, as Airflow lets a task wait for ever if its pool is not there, or be unlimited."""
     for name in sorted({step.compute for step in graph.steps}):
-        nodes, pool = graph.computes[name].max_nodes, pool_name(name)
-        if nodes is not None and not client.has_pool(pool):
-            raise SubmissionError(
-                f"pipeline {graph.name!r}: compute {name!r} has max_nodes={nodes}, which Airflow keeps with "
-                f"the pool {pool!r}; the server has none of that name, and the steps would wait for ever. "
-                f"Make it: airflow pools set {pool} {nodes} 'steps on {name}'"
+        compute, pool = graph.computes[name], pool_name(name)
+        if compute.max_nodes is None:
+            continue
+        found = client.find_pool(pool)
+        defers = compute.type == "kubernetes" and compute.deferrable
+        if found is None:
+            problem = "the server has none of that name, and the steps would wait for ever. Make it"
+        elif defers and not found.get("include_deferred"):
+            problem = (
+                "it does not count deferred tasks, and so none of the steps that run on without a worker. "
+                "Let it count them"
             )
+        else:
+            continue
+        option = "--include-deferred " if defers else ""
+        raise SubmissionError(
+            f"pipeline {graph.name!r}: compute {name!r} has max_nodes={compute.max_nodes}, which Airflow keeps with "
+            f"the pool {pool!r}; {problem}: airflow pools set {option}{pool} {compute.max_nodes} 'nodes of {name}'"
+        )

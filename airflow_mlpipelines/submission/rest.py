@@ -106,13 +106,10 @@ class AirflowClient:
         response = self._send("GET", f"/api/v2/dags/{dag_id}")
         return None if response.status_code == _NOT_FOUND else _read(response)
 
-    def has_pool(self, name: str) -> bool:
-        """Return whether the server has a pool of this name."""
+    def find_pool(self, name: str) -> dict[str, Any] | None:
+        """Return a pool as the server describes it, or None if it has none of this name."""
         response = self._send("GET", f"/api/v2/pools/{name}")
-        if response.status_code == _NOT_FOUND:
-            return False
-        _read(response)
-        return True
+        return None if response.status_code == _NOT_FOUND else _read(response)
 
     def unpause(self, dag_id: str) -> None:
         """Let the server run a DAG."""

@@ -100,11 +100,15 @@ class PodTrigger(BaseTrigger):
         from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch
         from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
-        if await self._may_be_taken_over():
-            await asyncio.sleep(_TAKEOVER_SECONDS)
         watch = PodWatch.from_dict(self.watch)
+        if await self._may_be_taken_over():
+            if not watch.pods:  # by whom can't be told: the lease runs out by itself
+                return
+            await asyncio.sleep(_TAKEOVER_SECONDS)
         for pause in _KILL_PAUSES:
             await asyncio.sleep(pause)
+            if not watch.pods:  # there was no room for one
+                break
             try:
                 if not await remove_pods(watch, token=self._token):
                     return

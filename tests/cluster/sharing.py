@@ -72,6 +72,29 @@ class ClusterAccess:
         if done.returncode != 0:
             pytest.fail(f"the image {image} can't be copied to the cluster:\n{done.stderr[-3000:]}")
 
+    def pin_image(self, image: str) -> str:
+        """Return the name by digest of an image that pods of a cluster started here find.
+
+        Only a step on an image that is named so is reused where no registry tells what a tag means.
+        """
+        assert self.state is not None
+        ctr = (
+            "ctr",
+            "--address",
+            self.state / "containerd.sock",
+            "--namespace",
+            "k8s.io",
+            "images",
+        )
+        name = f"docker.io/library/{image}"
+        listed = _run(*ctr, "list", f"name=={name}").stdout.splitlines()[1:]
+        (digest,) = (word for line in listed for word in line.split() if word.startswith("sha256:"))
+        pinned = f"{name.rpartition(':')[0]}@{digest}"
+        done = _run(*ctr, "tag", "--force", name, pinned)
+        if done.returncode != 0:
+            pytest.fail(f"the image {image} can't be named {pinned}:\n{done.stderr}")
+        return pinned
+
 
 @contextmanager
 def use_cluster(session: str, images: tuple[str, ...] = tuple(IMAGES)) -> Iterator[ClusterAccess]:

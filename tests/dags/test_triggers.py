@@ -113,3 +113,10 @@ def test_a_task_that_was_stopped_loses_its_pod_at_once_and_gives_its_lease_back(
 def test_a_pod_that_can_t_be_removed_keeps_its_lease(monkeypatch):
     did = KilledTrigger(monkeypatch, False, [ClusterError(503, "away")]).kill()
     assert did == ["remove"] * 5
+
+
+@pytest.mark.parametrize(("answer", "did"), [(False, ["release"]), (True, [])])
+def test_a_step_that_waits_for_room_has_only_a_lease_to_give_back(monkeypatch, answer, did):
+    trigger = KilledTrigger(monkeypatch, answer, [False])
+    trigger.watch = {**WATCH, "pods": {}, "awaits": "room", "pause_seconds": 30.0}
+    assert trigger.kill() == did  # one that may go on elsewhere keeps it

@@ -62,11 +62,14 @@ def project(tmp_path):
     return Project()
 
 
-def test_files_are_uploaded_and_the_step_is_reused_until_somebody_writes_to_the_place(project):
+def test_files_are_uploaded_and_the_step_is_reused_until_somebody_writes_to_the_place(
+    project, tmp_path
+):
     script = 'mkdir "$1/sub" && echo one > "$1/a.txt" && echo two > "$AZUREML_DATAREFERENCE_place/sub/b.txt"'
     first = project.run(script)
     assert first.steps == {"write": "ran"}
     assert project.files() == {"a.txt": "one\n", "sub/b.txt": "two\n"}
+    assert list((tmp_path / "home/uploads").iterdir()) == []  # the notes of what was under way
     made = first.outputs["write"]["place"]
     assert (made["uri"], made["files"]) == (project.place.as_uri(), 2)
 

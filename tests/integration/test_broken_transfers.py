@@ -184,6 +184,23 @@ def test_a_tree_that_broke_off_is_fetched_but_for_what_has_come(
     assert digest_tree(tmp_path / "target").digest == artifact.digest
 
 
+def test_what_came_of_a_listing_that_is_no_more_is_not_among_what_is_published(
+    store, place, proxy, blobs, many, tmp_path
+):
+    artifact = commit_output(store, "run/out", many, step_run="r")
+    for name in ("0/00.bin", "0/not/here.bin"):  # somebody puts files there, and takes them away
+        store.filesystem.pipe_file(store.remote_path(f"run/out/{name}"), b"theirs")
+    kill_in_the_middle(proxy, place, tmp_path, way="down", after=4_000_000, artifact=artifact)
+    (left,) = (tmp_path / "blobs/incoming").glob("part-*/blob")
+    assert (left / "0/not/here.bin").exists()
+    for name in ("0/00.bin", "0/not/here.bin"):
+        store.filesystem.rm_file(store.remote_path(f"run/out/{name}"))
+
+    fetch(artifact, StoreSet([store], "lake"), blobs=blobs, target=tmp_path / "target")
+
+    assert digest_tree(tmp_path / "target").digest == artifact.digest
+
+
 def test_what_was_damaged_after_it_came_is_noticed_and_fetched_anew(
     store, place, proxy, blobs, large, tmp_path
 ):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from airflow_mlpipelines import CommandStep, KubernetesCompute, Pipeline, Workspace
 from airflow_mlpipelines.cli.files import load_pipelines
 from airflow_mlpipelines.exceptions import SubmissionError
 from airflow_mlpipelines.submission.remote import submit_over_rest
@@ -212,6 +213,23 @@ def test_a_compute_with_max_nodes_wants_its_pool(airflow, stack):
         found for found in load_pipelines(stack.dags_folder / "slow.py") if found.name == "few"
     ]
     with pytest.raises(SubmissionError, match="airflow pools set mlpipelines_few 1"):
+        submit_over_rest(pipeline, {}, client=airflow)
+
+
+def test_a_pool_for_pods_has_to_count_deferred_tasks(airflow):
+    compute = KubernetesCompute("pods", image="x", max_nodes=2)
+    step = CommandStep(["true"], name="one", compute_target=compute)
+    pipeline = Pipeline(Workspace.from_config(), [step], name="not_there")
+    command = "airflow pools set --include-deferred mlpipelines_pods 2"
+    with pytest.raises(SubmissionError, match=f"none of that name.*{command}"):
+        submit_over_rest(pipeline, {}, client=airflow)
+    pool = {"name": "mlpipelines_pods", "slots": 2, "include_deferred": False}
+    airflow._send("POST", "/api/v2/pools", json=pool).raise_for_status()
+    with pytest.raises(SubmissionError, match=f"does not count deferred tasks.*{command}"):
+        submit_over_rest(pipeline, {}, client=airflow)
+    pool["include_deferred"] = True
+    airflow._send("PATCH", "/api/v2/pools/mlpipelines_pods", json=pool).raise_for_status()
+    with pytest.raises(SubmissionError, match="has no DAG 'not_there'"):
         submit_over_rest(pipeline, {}, client=airflow)
 
 

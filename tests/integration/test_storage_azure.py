@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
-import socket
 import subprocess
+import sys
+import textwrap
 import threading
-import time
-from importlib.util import find_spec
-from pathlib import Path
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -22,6 +20,7 @@ from airflow_mlpipelines.storage.blobs import BlobCache
 from airflow_mlpipelines.storage.copying import Transfer
 from airflow_mlpipelines.storage.ends import open_end
 from airflow_mlpipelines.storage.journal import Journal
+from airflow_mlpipelines.storage.parts import PART, THREADS
 from airflow_mlpipelines.storage.stores import StoreSet, open_store
 from airflow_mlpipelines.storage.transfer import (
     commit_output,
@@ -30,68 +29,34 @@ from airflow_mlpipelines.storage.transfer import (
     pin_external,
 )
 from airflow_mlpipelines.storage.trees import digest_tree
-from tests.parts import missing
+from airflow_mlpipelines.storage.uploads import upload_files
+from tests.integration.azurite_server import ACCOUNT, KEY, connection_string, run_azurite
+from tests.integration.breaking_proxy import BreakingProxy
+from tests.integration.test_broken_moves import WORK
+from tests.integration.test_broken_moves import transfer as move
 
 pytestmark = pytest.mark.azure
 
-# The account that every Azurite has, and its key, are public.
-ACCOUNT = "devstoreaccount1"
-KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+LARGE = 13 * PART + 12345
+BREAK = 11 * PART
+SLACK = 2 << 20  # what HTTP and the listings add
 _numbers = itertools.count()
 
 
-def find_azurite():
-    """Return the program, as ``.ci/azurite.sh`` leaves it or as it is on the PATH."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlpipelines-tests"
-    installed = sorted(caches.glob("azurite-*/node_modules/.bin/azurite-blob"))
-    return str(installed[-1]) if installed else shutil.which("azurite-blob")
-
-
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory):
-    """The address of a running Azurite."""
-    program = find_azurite()
-    if program is None:
-        missing(
-            "no azurite-blob: .ci/azurite.sh installs it, or npm install azurite puts it on the PATH"
-        )
-    if find_spec("adlfs") is None:
-        missing("no adlfs: pip install 'airflow-mlpipelines[azure]'")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    directory = tmp_path_factory.mktemp("azurite")
-    words = [
-        "--blobPort",
-        str(port),
-        "--location",
-        str(directory),
-        "--silent",
-        "--disableTelemetry",
-        "--skipApiVersionCheck",
-    ]
-    process = subprocess.Popen([program, *words], start_new_session=True)
-    try:
-        for _ in range(300):
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/{ACCOUNT}"
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
+def port(tmp_path_factory):
+    """The port of a running Azurite."""
+    with run_azurite(tmp_path_factory.mktemp("azurite")) as port:
+        yield port
 
 
 @pytest.fixture
-def connect(endpoint, monkeypatch):
+def connect(port, monkeypatch):
     """Opens a container of its own with an Airflow connection."""
     container = f"container-{next(_numbers)}"
 
-    def connect(key=KEY):
-        text = (
-            f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={key};"
-            f"BlobEndpoint={endpoint};"
-        )
+    def connect(key=KEY, sas=None, through=None):
+        text = connection_string(through or port, key, sas)
         connection = {"conn_type": "wasb", "extra": {"connection_string": text}}
         monkeypatch.setenv("AIRFLOW_CONN_BLOBS", json.dumps(connection))
         spec = DatastoreSpec(name="blobs", url=f"abfs://{container}/team", conn_id="blobs")
@@ -132,21 +97,23 @@ def test_a_tree_goes_to_the_container_and_comes_back(store, made, tmp_path):
     assert "is gone" in missing_artifacts([artifact], stores)[0][1]
 
 
+def transfer(tmp_path, source, target):
+    """Transfer what is at a path of a datastore to a path of another one."""
+    ends = open_end(*source), open_end(*target)
+    notes = open_store("notes", f"file://{tmp_path}/notes")
+    journal = Journal(notes, ends[0].uri, ends[1].uri)
+    artifact = pin_external(*source, how="version")
+    blobs, stop = BlobCache(tmp_path / "b"), threading.Event()
+    return Transfer(artifact, *ends, journal, blobs, lambda _: None, stop).run()
+
+
 def test_data_are_transferred_in_and_copied_within_the_store(store, made, tmp_path):
     local = open_store("local", f"file://{tmp_path}")
     digest = digest_tree(made).digest
 
-    def transfer(source, path, target_path):
-        ends = open_end(source, path), open_end(store, target_path)
-        journal = Journal(local, path, target_path)
-        artifact = pin_external(source, path, how="version")
-        run = Transfer(
-            artifact, *ends, journal, BlobCache(tmp_path / "b"), print, threading.Event()
-        )
-        return run.run()
-
-    assert transfer(local, "made", "copy").digest == digest
-    assert transfer(store, "copy", "again").size == (20 << 20) + 10
+    assert transfer(tmp_path, (local, "made"), (store, "copy")).digest == digest
+    again = transfer(tmp_path, (store, "copy"), (store, "again"))
+    assert again.size == (20 << 20) + 10
     assert pin_external(store, "again").digest == digest
 
 
@@ -161,3 +128,89 @@ def test_a_wrong_key_and_a_missing_container_name_the_datastore_and_no_secret(co
     )
     with pytest.raises(DataError, match="datastore 'gone'"):
         elsewhere.exists("a.txt")
+
+
+def test_a_shared_access_signature_will_do(connect, store, port, made, tmp_path):
+    from azure.storage.blob import AccountSasPermissions, ResourceTypes, generate_account_sas
+
+    sas = generate_account_sas(
+        ACCOUNT,
+        KEY,
+        ResourceTypes(service=True, container=True, object=True),
+        AccountSasPermissions(read=True, write=True, delete=True, list=True, create=True, add=True),
+        datetime.now(UTC) + timedelta(hours=1),
+    )
+    signed = connect(sas=sas)
+
+    artifact = commit_output(signed, "run/out", made, step_run="r")
+    transfer(tmp_path, (signed, "run/out"), (signed, "copy"))
+
+    assert pin_external(store, "copy").digest == artifact.digest
+    wrong = connect(sas=sas.replace("sig=", "sig=a"))
+    with pytest.raises(DataError, match="datastore 'blobs'"):
+        wrong.read_bytes("run/out/a.txt")
+
+
+def test_the_second_step_on_a_machine_fetches_nothing(connect, port, made, tmp_path):
+    with BreakingProxy(port) as proxy:
+        stores = StoreSet([connect(through=proxy.port)], "blobs")
+        artifact = commit_output(stores.default, "run/out", made, step_run="r")
+        blobs = BlobCache(tmp_path / "b")
+        proxy.heal()
+        fetch(artifact, stores, blobs=blobs, target=tmp_path / "t1")
+        assert proxy.down > 20 << 20
+        proxy.heal()
+
+        place = fetch(artifact, stores, blobs=blobs, target=tmp_path / "t2")
+
+        assert proxy.down == 0
+        assert digest_tree(place).digest == artifact.digest
+
+
+def test_files_go_to_a_place_of_others_and_are_no_conflict_the_second_time(store, made):
+    store.write_bytes("place/theirs.txt", b"theirs")
+    send = {"overwrite": False, "step_run": "r"}
+
+    first = upload_files(store, "place", made, **send)
+
+    assert first.files == 4
+    assert upload_files(store, "place", made, **send) == first
+    (made / "a.txt").write_text("HELLO")
+    with pytest.raises(DataError, match=r"holds \['a.txt'\] already"):
+        upload_files(store, "place", made, **send)
+    assert store.read_bytes("place/theirs.txt") == b"theirs"
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_large_file_goes_on_after_its_worker_was_killed(connect, store, port, tmp_path, way):
+    (tmp_path / "local").mkdir()
+    raw = tmp_path / "local/raw"
+    raw.write_bytes(os.urandom(LARGE))
+    digest = digest_tree(raw).digest
+    local = (f"file://{tmp_path}/local", {})
+    if way == "down":
+        store.filesystem.put_file(str(raw), store.remote_path("raw"))
+    with BreakingProxy(port) as proxy:
+        lake = connect(through=proxy.port)
+        there = (lake.url, {"connection_string": connection_string(proxy.port)})
+        places = {"from": local, "to": there} if way == "up" else {"from": there, "to": local}
+        places["notes"] = (f"file://{tmp_path}/notes", {})
+        proxy.heal()
+        proxy.limit(way, BREAK, then="hold")
+        words = json.dumps({**places, "home": str(tmp_path / "first")})
+        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(WORK), words])
+        try:
+            assert proxy.reached.wait(120)
+        finally:
+            process.kill()
+            assert process.wait() == -9
+        came = getattr(proxy, way)
+        proxy.heal()
+        assert not store.exists("copy")
+
+        done, _ = move(places, tmp_path / "second")
+
+        assert getattr(proxy, way) < LARGE - came + THREADS * PART + SLACK < LARGE
+    assert done.digest == digest
+    copy = store if way == "up" else open_store("local", local[0])
+    assert pin_external(copy, "copy").digest == digest

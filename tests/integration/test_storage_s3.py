@@ -1,14 +1,13 @@
-"""The storage on a real S3 server over HTTP, which knows users, keys and signatures."""
+"""The storage on versitygw, an S3 server of its own process that knows keys and signatures."""
 
+# ruff: noqa: F811 - fixtures are arguments of the names that they are imported under
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import traceback
 import unicodedata
 import urllib.request
-from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from airflow_mlpipelines import CommandStep, DataReference, Pipeline, PipelineDa
 from airflow_mlpipelines.definition.graph import DatastoreSpec
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.operators.connections import open_datastore
-from airflow_mlpipelines.storage.blobs import BlobCache
 from airflow_mlpipelines.storage.snapshots import (
     list_source_files,
     make_snapshot,
@@ -33,152 +31,22 @@ from airflow_mlpipelines.storage.transfer import (
 from airflow_mlpipelines.storage.trees import digest_tree
 from tests.dags.conftest import airflow_db  # noqa: F401 - a fixture
 from tests.dags.project import run_dag
+from tests.integration.s3_server import (  # noqa: F401 - fixtures
+    REGION,
+    blobs,
+    bucket,
+    make_connection,
+    server,
+    store,
+)
 from tests.parts import missing
 
 pytestmark = pytest.mark.s3
-
-REGION = "eu-central-1"
-_numbers = itertools.count()
-
-
-class Server:
-    """An S3 server with one user, whose key alone may read and write."""
-
-    def __init__(self, url, requests):
-        import boto3
-
-        self.url = url
-        self.requests = requests
-        common = {"endpoint_url": url, "region_name": REGION}
-        iam = boto3.client("iam", aws_access_key_id="root", aws_secret_access_key="root", **common)
-        iam.create_user(UserName="worker")
-        policy = {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}
-        document = {"Version": "2012-10-17", "Statement": [policy]}
-        iam.put_user_policy(
-            UserName="worker", PolicyName="all", PolicyDocument=json.dumps(document)
-        )
-        pair = iam.create_access_key(UserName="worker")["AccessKey"]
-        self.key, self.secret = pair["AccessKeyId"], pair["SecretAccessKey"]
-        self.client = boto3.client(
-            "s3", aws_access_key_id=self.key, aws_secret_access_key=self.secret, **common
-        )
-
-    def check_signatures(self, after):
-        """Check who asks, after this many more requests."""
-        request = urllib.request.Request(
-            f"{self.url}/moto-api/reset-auth",
-            data=after.encode(),
-            headers={"Content-Type": "text/plain"},
-        )
-        urllib.request.urlopen(request).close()
-
-    def forget(self):
-        """Forget users and buckets, which the next server of this process would still have."""
-        request = urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")
-        urllib.request.urlopen(request).close()
-
-    def credentials(self, **changes):
-        """Return the arguments for the filesystem, as an Airflow connection becomes them."""
-        client = {"endpoint_url": self.url, "region_name": REGION}
-        return {"key": self.key, "secret": self.secret, "client_kwargs": client, **changes}
-
-
-@pytest.fixture(scope="module")
-def server():
-    """A server that checks signatures."""
-    for module in ("s3fs", "boto3", "moto.server"):
-        try:
-            __import__(module)
-        except ImportError:
-            missing(f"no {module}: pip install 'airflow-mlpipelines[s3]' 'moto[server]'")
-    from moto.server import ThreadedMotoServer
-
-    running = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    running.start()
-    try:
-        host, port = running.get_host_and_port()
-        requests = count_requests(running._server)
-        server = Server(f"http://{host}:{port}", requests)
-        server.check_signatures(after="0")
-        yield server
-        server.check_signatures(after="inf")
-        server.forget()
-    finally:
-        running.stop()
-
-
-def count_requests(http_server):
-    """Return a counter of what the HTTP server is asked, by method and path."""
-    counter, answer = Counter(), http_server.app
-
-    def app(environ, start_response):
-        counter[environ["REQUEST_METHOD"], environ["PATH_INFO"]] += 1
-        return answer(environ, start_response)
-
-    http_server.app = app
-    return counter
-
-
-class Bucket:
-    """A bucket, seen by somebody else than our storage: what is there, and what others do there."""
-
-    def __init__(self, server):
-        self.name = f"bucket-{next(_numbers)}"
-        self._requests = server.requests
-        self._client = server.client
-        self._client.create_bucket(
-            Bucket=self.name, CreateBucketConfiguration={"LocationConstraint": REGION}
-        )
-
-    def keys(self):
-        listing = self._client.list_objects_v2(Bucket=self.name)
-        return {item["Key"] for item in listing.get("Contents", [])}
-
-    def put(self, key, body=b""):
-        self._client.put_object(Bucket=self.name, Key=key, Body=body)
-
-    def get(self, key):
-        return self._client.get_object(Bucket=self.name, Key=key)["Body"].read()
-
-    def delete(self, key):
-        self._client.delete_object(Bucket=self.name, Key=key)
-
-    def reads(self):
-        """Return how often each object was read."""
-        start = f"/{self.name}/"
-        return {
-            path.removeprefix(start): number
-            for (method, path), number in self._requests.items()
-            if method == "GET" and path.startswith(start) and path != start
-        }
-
-    def keep_versions(self):
-        self._client.put_bucket_versioning(
-            Bucket=self.name, VersioningConfiguration={"Status": "Enabled"}
-        )
-
-    def count_versions(self):
-        return len(self._client.list_object_versions(Bucket=self.name).get("Versions", []))
-
-
-@pytest.fixture
-def bucket(server):
-    return Bucket(server)
-
-
-@pytest.fixture
-def store(server, bucket):
-    return open_store("lake", f"s3://{bucket.name}/team", credentials=server.credentials())
 
 
 @pytest.fixture
 def stores(store):
     return StoreSet([store], "lake")
-
-
-@pytest.fixture
-def blobs(tmp_path):
-    return BlobCache(tmp_path / "blobs")
 
 
 @pytest.fixture
@@ -476,11 +344,51 @@ def test_a_wrong_setting_is_an_error_that_names_the_datastore_and_no_secret(
     with pytest.raises(DataError, match="datastore 'lake'") as caught:
         USES[use](store, made)
 
-    if wrong != "bucket":
+    if wrong == "secret":  # of an unknown key versitygw says what no other server does: see below
         assert "Check the credentials in its Airflow connection" in str(caught.value)
     shown = "".join(traceback.format_exception(caught.value))
     assert server.secret not in shown
     assert changes["secret"] not in shown
+
+
+@pytest.fixture
+def moto():
+    """The address of moto, which answers to an unknown key as S3 does, and as versitygw does not."""
+    if find_spec("moto") is None or find_spec("flask") is None:
+        missing("no moto: pip install 'moto[server]'")
+    from moto.server import ThreadedMotoServer
+
+    running = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    running.start()
+    try:
+        host, port = running.get_host_and_port()
+        url = f"http://{host}:{port}"
+        check_signatures(url, after="0")
+        yield url
+        check_signatures(url, after="inf")
+    finally:
+        running.stop()
+
+
+def check_signatures(url, after):
+    """Have moto check who asks, after this many more requests."""
+    headers = {"Content-Type": "text/plain"}
+    request = urllib.request.Request(
+        f"{url}/moto-api/reset-auth", data=after.encode(), headers=headers
+    )
+    urllib.request.urlopen(request).close()
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_key_that_nobody_has_is_an_error_that_says_where_to_look(moto, made, use):
+    client = {"endpoint_url": moto, "region_name": REGION}
+    options = {"key": "AKIANOBODYNOBODYNO12", "secret": "not-the-secret-at-all"}
+    store = open_store("lake", "s3://lake/team", credentials={**options, "client_kwargs": client})
+
+    with pytest.raises(DataError, match=r"datastore 'lake'.*Check the credentials") as caught:
+        USES[use](store, made)
+
+    assert options["secret"] not in "".join(traceback.format_exception(caught.value))
 
 
 def test_an_airflow_connection_gives_key_endpoint_and_region(server, bucket, monkeypatch):
@@ -490,18 +398,6 @@ def test_an_airflow_connection_gives_key_endpoint_and_region(server, bucket, mon
     open_datastore(spec).write_bytes("a.txt", b"hello")
 
     assert bucket.get("team/a.txt") == b"hello"
-
-
-def make_connection(server):
-    """Return an Airflow connection as an environment variable has it."""
-    return json.dumps(
-        {
-            "conn_type": "aws",
-            "login": server.key,
-            "password": server.secret,
-            "extra": {"endpoint_url": server.url, "region_name": REGION},
-        }
-    )
 
 
 # ---- a pipeline ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import pytest
 
@@ -79,6 +80,39 @@ def test_files_are_written_whole_and_replaced(store, server, tmp_path):
     assert list(server.root.rglob(f"*{PART_SUFFIX}")) == []
     assert pin_external(store, "deep", how="version").digest.startswith("version:")
     assert pin_external(store, "nothing") is None
+
+
+def test_two_files_of_one_time_and_one_size_are_not_taken_for_each_other(store, server, tmp_path):
+    for name in ("a", "b", "deep/a", "deep/b"):
+        file = server.root / tmp_path.name / f"{name}.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+        os.utime(file, (10**9, 10**9))  # as rsync leaves them
+    blobs, stores = BlobCache(tmp_path / "b"), StoreSet([store], "ftp")
+
+    pinned = [pin_external(store, f"{name}.csv", how="version") for name in "ab"]
+    got = [
+        fetch(artifact, stores, blobs=blobs, target=tmp_path / f"t{number}").read_text()
+        for number, artifact in enumerate(pinned)
+    ]
+
+    assert pinned[0].digest != pinned[1].digest  # which steps are reused by
+    assert got == ["a", "b"]
+    assert pin_external(store, "a.csv", how="version") == pinned[0]
+
+
+def test_data_that_a_step_opens_by_itself_are_read_to_plan_and_kept_nowhere(
+    store, server, tmp_path
+):
+    file = server.root / tmp_path.name / "raw.bin"
+    file.parent.mkdir()
+    file.write_bytes(os.urandom(9 << 20))
+
+    pinned = pin_external(store, "raw.bin", blobs=BlobCache(tmp_path / "b"), keep=False)
+
+    assert pinned.digest == digest_tree(file).digest
+    assert not list((tmp_path / "b").rglob("*/blob"))
+    assert pin_external(store, "raw.bin").digest == pinned.digest
 
 
 def test_files_that_a_first_try_has_uploaded_are_no_conflict_and_others_are(store, tmp_path):

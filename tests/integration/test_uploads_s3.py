@@ -1,4 +1,4 @@
-"""References in mode ``upload`` whose place is on a real S3 server."""
+"""References in mode ``upload`` whose place is on versitygw."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from airflow_mlpipelines import CommandStep, DataReference, Pipeline, Workspace
 from tests.dags.conftest import airflow_db  # noqa: F401 - a fixture
 from tests.dags.project import run_dag
-from tests.integration.test_storage_s3 import (  # noqa: F401 - fixtures
+from tests.integration.s3_server import (  # noqa: F401 - fixtures
     bucket,
     make_connection,
     server,

@@ -7,12 +7,14 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from cryptography.fernet import Fernet
 
+from airflow_mlpipelines.definition.workspace import Workspace
 from tests.parts import find_compose
 
 ROOT = Path(__file__).parents[2]
@@ -187,13 +189,37 @@ def test_images_have_the_versions_of_the_workers_or_say_why_not():
     assert versions["mlflow"] == versions["mlflow-skinny"]
 
 
-def test_steps_are_on_the_network_and_the_image_that_the_file_makes():
-    text = COMPOSE.read_text()
-    workspace = yaml.safe_load((ROOT / "compose" / "mlpipelines.yaml").read_text())
-    compute = workspace["computes"][workspace["default_compute"]]
+def make_workspace(tmp_path, **names):
+    """Write the workspace as `prepare` does, and return its default compute."""
+    target = tmp_path / "mlpipelines.yaml"
+    script = ROOT / "compose" / "make_workspace.py"
+    subprocess.run(
+        [sys.executable, script, ROOT / "compose" / "mlpipelines.yaml", target],
+        env={**os.environ, **names},
+        check=True,
+    )
+    assert os.listdir(tmp_path) == ["mlpipelines.yaml"]
+    return Workspace.from_config(tmp_path).default_compute.spec
 
-    assert f"${{STEPS_NETWORK:-{compute['network_mode']}}}" in text
-    assert f"${{STEPS_IMAGE:-{compute['image']}}}" in text
+
+def test_steps_are_on_the_network_and_the_image_that_the_file_makes(services, tmp_path):
+    text = COMPOSE.read_text()
+    given = services["prepare"]["environment"]
+    names = {name: given[name] for name in ("STEPS_IMAGE", "STEPS_NETWORK")}
+    compute = make_workspace(tmp_path, **names)
+
+    assert compute.image == services["step-image"]["image"]
+    assert compute.network_mode == yaml.safe_load(text)["networks"]["steps"]["name"]
+
+
+def test_every_service_of_airflow_sees_the_workspace_that_prepare_writes(services):
+    (command,) = services["prepare"]["command"]
+    *_, written = re.findall(r"make_workspace\.py (\S+) (\S+)", command)[0]
+
+    for name, service in services.items():
+        if service.get("command", [])[:1] == ["airflow"] and name != "api-server":
+            assert service["environment"]["MLPIPELINES_CONFIG"] == written, name
+            assert f"workspace:{os.path.dirname(written)}:ro" in service["volumes"], name
 
 
 def test_steps_reach_no_database_and_no_broker(services):

@@ -151,9 +151,11 @@ class GangRun:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ended = logs.follow(left)
             if ended is None:
-                deadline = None
                 with suppress(ComputeUnavailableError, OSError):
                     stop_nodes(self._compute, self._launch.step_run_id)
+                deadline = (
+                    time.monotonic() + _FOLLOW_SECONDS
+                )  # a daemon that was away is asked again
             elif _code(ended[1]) != 0 and deadline is None and len(logs.ends) < count:
                 deadline = time.monotonic() + _FOLLOW_SECONDS
 

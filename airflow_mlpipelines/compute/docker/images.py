@@ -181,9 +181,9 @@ def push_failure(
 ) -> EnvironmentBuildError | ComputeUnavailableError:
     """Return the error that an image could not be put into its registry, and what to do about it."""
     if _DENIED.search(said):
-        who = f"The Airflow connection {conn_id!r}" if conn_id else "Nobody without a connection"
+        who = f"The Airflow connection {conn_id!r} may not" if conn_id else "Nobody unknown may"
         return EnvironmentBuildError(
-            f"The image {name!r} was built, but can't be pushed. {who} may not push there: name one that may as "
+            f"The image {name!r} was built, but can't be pushed. {who} push there: name a connection that may as "
             f"conn_id of the workspace's registry. The registry says: {said}"
         )
     return ComputeUnavailableError(

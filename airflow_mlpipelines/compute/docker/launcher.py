@@ -370,6 +370,7 @@ class DockerLauncher(Launcher):
         except APIError as error:
             if not is_name_taken(error):
                 self._discard(client, spec.name)
+                handle.set(None)
             if not self._killed:  # else it was removed before it could start
                 raise start_failure(
                     launch.step_name, error, spec, daemon_url(self._compute)

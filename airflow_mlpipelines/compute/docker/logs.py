@@ -10,8 +10,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Protocol
 
-from airflow_mlpipelines.compute.log_lines import LineFolder
 from airflow_mlpipelines.compute.log_position import LogEntry, LogPosition
+from airflow_mlpipelines.runtime.log_lines import LineFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -40,6 +40,7 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
 from airflow_mlpipelines.compute.kubernetes.logs import read_tail
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.removal import patience_after
+from airflow_mlpipelines.compute.kubernetes.room import make_when_room
 from airflow_mlpipelines.compute.kubernetes.transfer import collect, deliver
 from airflow_mlpipelines.compute.kubernetes.volumes import (
     hand_over,
@@ -136,7 +137,16 @@ class PodAttendant:
             if self._stops.killed:
                 raise was_killed(self._launch)
             hand_over(self._spec)
-            made = create_pod(self._cluster, self._spec, self._token)
+            made = make_when_room(
+                lambda: create_pod(self._cluster, self._spec, self._token),
+                self._launch,
+                self._cluster.compute,
+                note=self._note,
+                until=self._follower.stays_until,
+                is_stopped=lambda: self._stops.killed,
+            )
+            if made is None:
+                raise was_killed(self._launch)
             pod, self._stops.look = made, lambda: made
             self._prepare(pod, is_new=True)
         else:

@@ -21,6 +21,7 @@ from airflow_mlpipelines.compute.kubernetes.detaching import (
 from airflow_mlpipelines.compute.kubernetes.lifetime import KILL_SECONDS, belongs_to
 from airflow_mlpipelines.compute.kubernetes.logs import StepLog
 from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, OWNER, STAGE, STEP
+from airflow_mlpipelines.compute.kubernetes.starting import StartErrors
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
@@ -61,6 +62,7 @@ class PodAwaiter:
         self._watch = watch
         self._token = token
         self._is_owner = not token
+        self._errors = StartErrors()
         self._pods: dict[str, Json] = {}
         self._last: dict[str, Json] = {}
         self._logs = {name: StepLog(emit, watch.logs.get(name)) for name in watch.pods}
@@ -68,6 +70,10 @@ class PodAwaiter:
 
     async def wait(self) -> PodNews:
         """Return what has happened, once a worker is needed."""
+        if self._watch.awaits is Awaited.ROOM:
+            # Only who makes a pod finds out whether there is room. Not all who wait try at once.
+            await asyncio.sleep(self._watch.pause_seconds * random.uniform(0.8, 1.2))  # noqa: S311
+            return PodNews(Reason.RETRY)
         try:
             async with AsyncCluster(self._watch.access) as cluster:
                 return await self._wait(cluster)
@@ -181,7 +187,7 @@ class PodAwaiter:
             self._begun[name].set()
 
     def _judge(self, cluster: AsyncCluster) -> Reason | None:
-        return judge(self._watch, self._pods, cluster.now())
+        return judge(self._watch, self._pods, cluster.now(), self._errors)
 
     # ---- beside them -----------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.compute.kubernetes.failures import is_hopeless
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.watch import (
     container_state,
@@ -25,6 +24,8 @@ from airflow_mlpipelines.definition.graph import KubernetesComputeSpec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from airflow_mlpipelines.compute.kubernetes.starting import StartErrors
+
 Json = dict[str, Any]
 _SHOWN = 600
 
@@ -36,6 +37,8 @@ class Awaited(StrEnum):
     """The pod waits for a node and its images; once it has them, it wants the step's files."""
     END = "end"
     """The pod has the files; once the step has ended, there is something to fetch."""
+    ROOM = "room"
+    """There is no pod yet: a quota has no room for it, and it is to be tried again after a while."""
 
 
 class Reason(StrEnum):
@@ -50,6 +53,7 @@ class Reason(StrEnum):
     UNSTARTED = "it did not start in time"
     EXPIRED = "the step's time is up"
     UNSEEN = "it can't be watched"
+    RETRY = "there may be room for it"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class PodWatch:
         logs: For each pod how far its log was read (:meth:`~.logs.StepLog.to_dict`); None from the beginning.
             Under ``<pod>/stage``, that of its agent: the next worker reads what is left, if it is named.
         job: The name of the pods' Job and Service, which a kill removes; None of a single pod.
+        pause_seconds: How long to wait for :attr:`Awaited.ROOM`.
     """
 
     compute: str
@@ -80,6 +85,7 @@ class PodWatch:
     timeout_seconds: float | None
     logs: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     job: str | None = None
+    pause_seconds: float = 0.0
 
     @property
     def access(self) -> KubernetesComputeSpec:
@@ -126,20 +132,25 @@ class PodNews:
         return cls(**{**data, "reason": Reason(data["reason"])})
 
 
-def judge(watch: PodWatch, pods: Mapping[str, Json], now: datetime) -> Reason | None:
+def judge(
+    watch: PodWatch, pods: Mapping[str, Json], now: datetime, errors: StartErrors
+) -> Reason | None:
     """Return why a worker is needed, or None while the pods do well without one.
 
     Args:
         watch: What is waited for.
         pods: Each pod's name and how it is now, or, gone, None.
         now: By the API server's clock.
+        errors: What has been seen of them before.
     """
     verdicts = []
     for name, uid in watch.pods.items():
         pod = pods.get(name)
         if pod is None or pod["metadata"]["uid"] != uid:
             return Reason.GONE
-        verdicts.append(_judge_files(watch, pod, now) or _judge_end(watch, pod, now))
+        verdicts.append(
+            _judge_files(watch, pod, now, errors) or _judge_end(watch, pod, now, errors)
+        )
     called_off = [verdict for verdict in verdicts if verdict not in (None, *_IN_TURN)]
     if called_off:
         return called_off[0]
@@ -174,17 +185,17 @@ def remember(pod: Json) -> Json:
     return found
 
 
-def _judge_files(watch: PodWatch, pod: Json, now: datetime) -> Reason | None:
+def _judge_files(watch: PodWatch, pod: Json, now: datetime, errors: StartErrors) -> Reason | None:
     if watch.awaits is not Awaited.FILES:
         return None
     if container_state(pod, STAGE)[0] == "running":
         return Reason.READY
     if is_over(pod):
         return Reason.OVER
-    return _judge_start(watch, pod, now, _scheduled_at(pod))
+    return _judge_start(watch, pod, now, _scheduled_at(pod), errors)
 
 
-def _judge_end(watch: PodWatch, pod: Json, now: datetime) -> Reason | None:
+def _judge_end(watch: PodWatch, pod: Json, now: datetime, errors: StartErrors) -> Reason | None:
     if watch.awaits is not Awaited.END:
         return None
     state, facts = container_state(pod, STEP)
@@ -199,7 +210,7 @@ def _judge_end(watch: PodWatch, pod: Json, now: datetime) -> Reason | None:
         if stage == "running":  # the agent takes as long as there are data
             return None
         since = _time(staged.get("finishedAt")) or _scheduled_at(pod)
-        return _judge_start(watch, pod, now, since)
+        return _judge_start(watch, pod, now, since, errors)
     began = _time(facts.get("startedAt"))
     if watch.timeout_seconds is not None and began is not None:
         return Reason.EXPIRED if _seconds(began, now) > watch.timeout_seconds else None
@@ -207,11 +218,15 @@ def _judge_end(watch: PodWatch, pod: Json, now: datetime) -> Reason | None:
 
 
 def _judge_start(
-    watch: PodWatch, pod: Json, now: datetime, scheduled_at: datetime | None
+    watch: PodWatch,
+    pod: Json,
+    now: datetime,
+    scheduled_at: datetime | None,
+    errors: StartErrors,
 ) -> Reason | None:
     created = _time(pod["metadata"].get("creationTimestamp")) or now
     waited = _seconds(scheduled_at or created, now)
-    if is_hopeless(pod, waited):
+    if errors.is_hopeless(pod, waited):
         return Reason.HOPELESS
     if scheduled_at is None:
         return Reason.UNSCHEDULED if waited > watch.schedule_seconds else None

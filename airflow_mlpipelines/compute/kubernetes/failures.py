@@ -1,4 +1,4 @@
-"""What went wrong with a pod, in words: the cause, the limit that was met, and the remedy.
+"""What ended a step's pod, in words: the cause, the limit that was met, and the remedy.
 
 A program that would fail in the same way again is not tried again. What the cluster has done to it is, and
 the message says that the program is not to blame.
@@ -16,45 +16,35 @@ from airflow_mlpipelines.compute.docker.failures import (
     COMMAND_NOT_FOUND,
     signal_name,
 )
-from airflow_mlpipelines.compute.kubernetes.agent import staging_failure
-from airflow_mlpipelines.compute.kubernetes.cluster import (
-    FORBIDDEN,
-    NOT_FOUND,
-    UNAUTHORIZED,
-    UNREACHABLE,
-)
-from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, STAGE, STEP
+from airflow_mlpipelines.compute.kubernetes.pod import SHM, STEP
 from airflow_mlpipelines.compute.kubernetes.watch import (
     container_state,
     find_condition,
-    is_leaving,
 )
-from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
+from airflow_mlpipelines.exceptions import StepFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from airflow_mlpipelines.compute.kubernetes.cluster import Cluster, ClusterError
     from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
-    from airflow_mlpipelines.compute.kubernetes.watch import PodEnd, StartTimeoutError
-    from airflow_mlpipelines.definition.graph import KubernetesComputeSpec
+    from airflow_mlpipelines.compute.kubernetes.watch import PodEnd
     from airflow_mlpipelines.exceptions import MLPipelinesError
 
-_NEVER_PULLED = frozenset({"InvalidImageName", "ErrImageNeverPull"})
-_NOT_PULLED = frozenset({"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable"})
-_NOT_MADE = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
-_ABSENT = re.compile(
-    r"not found|does not exist|manifest unknown|denied|unauthorized|forbidden|no basic auth|401|403",
-    re.I,
-)
 _NO_PROGRAM = re.compile(
     r'exec: "(?P<program>.*?)": (?P<why>[^:]*)|executable file not found|no such file or directory',
     re.I,
 )
-_NO_CLAIM = re.compile(r'persistentvolumeclaim "(?P<claim>[^"]*)" not found')
-_CLAIM_SECONDS = 20.0
-_PATIENCE_SECONDS = 120.0
-"""How long something that may heal by itself, such as a registry that is away, may take."""
+# As the kubelet's eviction manager writes them. All else that it evicts for, it lacks itself.
+_CONTAINER_LIMIT = re.compile(
+    r'Container (?P<name>\S+) exceeded its local ephemeral storage limit "(?P<limit>[^"]*)"'
+)
+_POD_LIMIT = re.compile(r"exceeds the total limit of containers (?P<limit>\S+?)\.(?:\s|$)")
+_VOLUME_LIMIT = re.compile(
+    r'Usage of EmptyDir volume "(?P<name>[^"]*)" exceeds the limit "(?P<limit>[^"]*)"'
+)
+_BUS_ERROR = 128 + signal.SIGBUS
+_SHM_FULL = re.compile(r"bus error|shared memory \(shm\)", re.I)
+_SHM_DEFAULT = "64 MiB, the default of container runtimes"
 _SHOWN = 600
 _KILLED = frozenset({128 + signal.SIGKILL, 128 + signal.SIGTERM})
 _NOT_TO_BLAME = "The program is not to blame; it can be tried again."
@@ -81,255 +71,91 @@ class PodLostError(StepFailedError):
         )
 
 
-def is_hopeless(pod: Mapping[str, Any], waited: float) -> bool:
-    """Return whether a container of the pod, which waits for so many seconds, will never start."""
-    if waited > _CLAIM_SECONDS and _missing_claim(pod) is not None:
-        return True
-    for name in (STAGE, OUTPUTS_KEEPER, STEP):
-        state, facts = container_state(pod, name)
-        reason = facts.get("reason")
-        if state == "terminated" and name == STAGE and facts.get("exitCode") != 0:
-            return True
-        if state != "waiting" or reason is None:
-            continue
-        if reason in _NEVER_PULLED:
-            return True
-        if reason in _NOT_PULLED and (
-            _ABSENT.search(facts.get("message", "")) or waited > _PATIENCE_SECONDS
-        ):
-            return True
-        if reason in _NOT_MADE and waited > _PATIENCE_SECONDS / 4:
-            return True
-    return False
-
-
-def refusal(
-    step: str, error: ClusterError, compute: KubernetesComputeSpec, cluster: Cluster
-) -> MLPipelinesError:
-    """Return what to raise when the API server does not do what it is asked for."""
-    said = str(error)[:_SHOWN]
-    where = f"compute {compute.name!r}: the cluster at {cluster.url}"
-    if error.status == UNREACHABLE:
-        return ComputeUnavailableError(
-            f"{where} does not answer: {said}. Check its address, and this worker's way to it."
-        )
-    if error.status == UNAUTHORIZED:
-        return ComputeUnavailableError(
-            f"{where} does not take this worker's credentials (401: {said}). The token has expired, or was "
-            "never valid: renew it in the Airflow connection, the kubeconfig or the service account."
-        )
-    if error.status == FORBIDDEN:
-        return _forbidden(step, said, compute)
-    if error.status == NOT_FOUND and "namespaces" in said:
-        return StepFailedError(
-            step,
-            f"the cluster has no namespace {compute.namespace!r}, which compute {compute.name!r} names. "
-            f"Create it (kubectl create namespace {compute.namespace}), or correct namespace=.",
-            retryable=False,
-        )
-    if error.may_pass:
-        return ComputeUnavailableError(f"{where} is not well ({error.status}): {said}")
-    return StepFailedError(
-        step, f"the cluster refused its pod ({error.status}): {said}", retryable=False
-    )
-
-
-def start_failure(
-    step: str, pod: Mapping[str, Any] | None, spec: PodSpec, compute: KubernetesComputeSpec
-) -> MLPipelinesError:
-    """Return what to raise for a pod that was over, or hopeless, before its step began."""
-    if pod is None or is_leaving(pod) or _disruption(pod):
-        return _lost(step, pod, before_start=True)
-    claim = _missing_claim(pod)
-    if claim is not None:
-        return StepFailedError(
-            step,
-            f"namespace {compute.namespace!r} has no PersistentVolumeClaim {claim!r}, which compute {compute.name!r} "
-            "names in shared_volumes (or in its pod_template_file). Create it there, or correct the name.",
-            retryable=False,
-        )
-    helper = compute.agent_image or compute.helper_image
-    for name, image in ((STAGE, helper), (OUTPUTS_KEEPER, helper), (STEP, spec.image_name)):
-        state, facts = container_state(pod, name)
-        reason, said = str(facts.get("reason", "")), str(facts.get("message", ""))[:_SHOWN]
-        if state == "waiting" and reason in _NEVER_PULLED | _NOT_PULLED:
-            return _no_image(step, image, reason, said, compute, is_helper=name != STEP)
-        if state == "waiting" and reason in _NOT_MADE:
-            return StepFailedError(
-                step,
-                f"its container {name!r} can't be made ({reason}): {said}. Check the compute's "
-                "security_context, pod_template_file and what they refer to.",
-                retryable=False,
-            )
-        if state == "terminated" and name == STAGE and facts.get("exitCode") != 0:
-            return staging_failure(facts) or _not_staged(step, facts, compute)
-    return _pod_failed(step, pod, spec, ())
-
-
-def timeout_failure(
-    step: str, timeout: StartTimeoutError, spec: PodSpec, compute: KubernetesComputeSpec
-) -> MLPipelinesError:
-    """Return what to raise for a pod that did not start in the time that its compute allows."""
-    if not timeout.scheduled:
-        said = find_condition(timeout.pod, "PodScheduled").get(
-            "message", "the scheduler says nothing"
-        )
-        return ComputeUnavailableError(
-            f"step {step!r}: no node of compute {compute.name!r} took its pod within "
-            f"{show_duration(compute.schedule_timeout_seconds)} (schedule_timeout_seconds): {said}. Ask for "
-            "less (cpus, memory, gpus, gpu_type), check node_selector, tolerations and affinity, or wait "
-            "longer for a free node."
-        )
-    waiting = [
-        f"{name}: {facts.get('reason', state)} {str(facts.get('message', ''))[:_SHOWN]}".strip()
-        for name, (state, facts) in (
-            (name, container_state(timeout.pod, name)) for name in (STAGE, OUTPUTS_KEEPER, STEP)
-        )
-        if state == "waiting" and (facts or name == STEP)
-    ]
-    return ComputeUnavailableError(
-        f"step {step!r}: its pod did not start within {show_duration(compute.startup_timeout_seconds)} "
-        f"(startup_timeout_seconds; {'; '.join(waiting)}). Does the node pull the image {spec.image_name!r} "
-        "that slowly? Then allow more time."
-    )
-
-
 def end_failure(step: str, end: PodEnd, spec: PodSpec, log_tail: Sequence[str]) -> MLPipelinesError:
     """Return what to raise for a step that did not end with exit code 0."""
+    late = deadline_failure(step, end.pod, spec, log_tail)
+    if late is not None:
+        return late
     facts = end.step
-    disrupted = bool(_disruption(end.pod))
+    disrupted = bool(disruption(end.pod))
     if facts is None and not end.gone and not disrupted:
-        return _pod_failed(step, end.pod, spec, log_tail)
+        return pod_failure(step, end.pod, spec, log_tail)
     if facts is None or disrupted or _went_with_its_pod(end, facts):
-        return _lost(step, end.pod, before_start=False, log_tail=log_tail)
+        return lost_pod(step, end.pod, before_start=False, log_tail=log_tail)
     code = int(facts.get("exitCode", 0))
     reason, said = facts.get("reason"), str(facts.get("message", ""))
     if reason == "OOMKilled":
-        message, retryable = _out_of_memory(spec), spec.memory is None
+        limit = find_memory_limit(end.pod, STEP)
+        message, retryable = _out_of_memory(spec, limit), not limit
     elif reason in ("StartError", "ContainerCannotRun") or code in (
         COMMAND_NOT_FOUND,
         COMMAND_NOT_EXECUTABLE,
     ):
         message, retryable = _no_program(spec, code, said), False
     else:
-        message, retryable = f"exit code {code}{signal_name(code)}", True
+        hint = _shared_memory_hint(end.pod, code, log_tail)
+        message, retryable = f"exit code {code}{signal_name(code)}{hint}", True
     return StepFailedError(step, message, exit_code=code, log_tail=log_tail, retryable=retryable)
-
-
-def _went_with_its_pod(end: PodEnd, facts: Mapping[str, Any]) -> bool:
-    """Return whether it was the end of the pod that ended the program, not the other way round."""
-    if facts.get("reason") == "ContainerStatusUnknown":
-        return True
-    killed = facts.get("exitCode") in _KILLED and facts.get("reason") != "OOMKilled"
-    return end.gone and killed
 
 
 def lost_unseen(step: str, pod: Mapping[str, Any] | None) -> StepFailedError:
     """Return what to raise for a pod that is gone, of which ``pod`` is what was seen last."""
     began = pod is not None and container_state(pod, STEP)[0] != "waiting"
-    return _lost(step, pod, before_start=not began)
+    return lost_pod(step, pod, before_start=not began)
 
 
-def _forbidden(step: str, said: str, compute: KubernetesComputeSpec) -> StepFailedError:
-    if "exceeded quota" in said:
+def lost_pod(
+    step: str,
+    pod: Mapping[str, Any] | None,
+    *,
+    before_start: bool,
+    log_tail: Sequence[str] = (),
+) -> StepFailedError:
+    """Return what to raise for a pod that was taken away, or has met a limit of its own; None is one that is gone."""
+    when = "before it began" if before_start else "while it ran"
+    why = disruption(pod) if pod is not None else ""
+    limit = _disk_limit(why)
+    if limit is not None:
         return StepFailedError(
             step,
-            f"the quota of namespace {compute.namespace!r} leaves no room for its pod: {said}. Wait until others "
-            "have ended, ask for less, or have the quota raised.",
-        )
-    if "cannot" in said and "resource" in said:
-        return StepFailedError(
-            step,
-            f"this worker may not do that in namespace {compute.namespace!r}: {said}. Its service account or user, "
-            "and the triggerer's, need pods (create, get, list, watch, patch, delete), pods/log (get), pods/exec (create, "
-            "get) and secrets (create, delete); for steps on several nodes also jobs of the API group batch (create, get, "
-            "patch, delete), services (create, delete) and, for better errors, events (list). This project's "
-            "deploy/helm/rbac.yaml grants these.",
+            f"its pod was evicted because {limit}, or write less. The cluster says: {why[:_SHOWN].strip()}",
+            log_tail=log_tail,
             retryable=False,
         )
-    return StepFailedError(
-        step,
-        f"the cluster's rules do not admit its pod: {said}. Change the compute (security_context, labels, "
-        "service_account, pod_template_file), or have the rule changed.",
-        retryable=False,
-    )
+    if why:
+        message = f"the cluster took its pod away {when} ({why[:_SHOWN]}). {_NOT_TO_BLAME}"
+        return PodLostError(step, message, why=why[:_SHOWN].strip(": "), log_tail=log_tail)
+    message = f"its pod was deleted {when}, by somebody or by the cluster (a drained or lost node). {_NOT_TO_BLAME}"
+    return PodLostError(step, message, why=f"deleted {when}", log_tail=log_tail)
 
 
-def _no_image(
-    step: str,
-    image: str,
-    reason: str,
-    said: str,
-    compute: KubernetesComputeSpec,
-    *,
-    is_helper: bool,
-) -> MLPipelinesError:
-    which = f"the image {image!r}" + (
-        " of its helpers (helper_image, agent_image)" if is_helper else ""
-    )
-    if reason in _NOT_PULLED and not _ABSENT.search(said):
-        return ComputeUnavailableError(
-            f"step {step!r}: {which} can't be pulled on compute {compute.name!r} ({reason}): {said}. Check the "
-            "nodes' way to the registry."
-        )
-    return StepFailedError(
-        step,
-        f"{which} can't be had on compute {compute.name!r} ({reason}): {said}. Check its name and tag, and the "
-        "compute's image_pull_secrets.",
-        retryable=False,
-    )
-
-
-def _missing_claim(pod: Mapping[str, Any]) -> str | None:
-    """Return the name of a claim that the scheduler looks for in vain."""
-    said = str(find_condition(pod, "PodScheduled").get("message", ""))
-    match = _NO_CLAIM.search(said)
-    return match["claim"] if match is not None else None
-
-
-def _not_staged(
-    step: str, facts: Mapping[str, Any], compute: KubernetesComputeSpec
+def pod_failure(
+    step: str, pod: Mapping[str, Any], spec: PodSpec, log_tail: Sequence[str]
 ) -> StepFailedError:
-    ended = f"the container {STAGE!r}, which takes the step's files, ended with exit code {facts.get('exitCode')}"
-    if compute.agent_image is None:
-        return StepFailedError(
-            step,
-            f"{ended}. Does its image {compute.helper_image!r} (the compute's helper_image) have sh and tar?",
-        )
-    said = " ".join(str(facts[key]) for key in ("reason", "message") if facts.get(key))[-_SHOWN:]
+    """Return what to raise for a pod that has failed without its program."""
+    status = pod.get("status", {})
+    said = " ".join(str(status[key]) for key in ("reason", "message") if status.get(key))
+    message = f"its pod {spec.name!r} ended without its program ({said or status.get('phase')}). {_NOT_TO_BLAME}"
+    return PodLostError(step, message, why=said[:_SHOWN] or "it ended", log_tail=log_tail)
+
+
+def deadline_failure(
+    step: str, pod: Mapping[str, Any], spec: PodSpec, log_tail: Sequence[str]
+) -> StepFailedError | None:
+    """Return what to raise for a pod that the cluster has ended because its time was up; None for any other."""
+    if pod.get("status", {}).get("reason") != "DeadlineExceeded":
+        return None
+    seconds = spec.manifest["spec"].get("activeDeadlineSeconds")
+    allowed = f"longer than {show_duration(seconds)}" if seconds else "too long"
     return StepFailedError(
         step,
-        f"{ended} ({said}). Is its image {compute.agent_image!r} (the compute's agent_image) built from "
-        "images/agent/Dockerfile of the worker's release?",
+        f"the cluster ended its pod, which was there for {allowed} (activeDeadlineSeconds: the step's timeout and "
+        "what its start may take, or what the compute's pod_template_file says). Allow more time, or make it need less.",
+        log_tail=log_tail,
     )
 
 
-def _no_program(spec: PodSpec, code: int, said: str) -> str:
-    match = _NO_PROGRAM.search(said)
-    if match is None and code in (COMMAND_NOT_FOUND, COMMAND_NOT_EXECUTABLE):
-        return (
-            f"exit code {code}: a command that it called is not in the image {spec.image_name!r}, or can't be "
-            "executed"
-        )
-    return (
-        f"the program {spec.argv[0]!r} can't be started in the image {spec.image_name!r} ({said[:_SHOWN]}). "
-        "Install it there, or name one that is."
-    )
-
-
-def _out_of_memory(spec: PodSpec) -> str:
-    if spec.memory is None:
-        return (
-            "killed because the node ran out of memory (the step has no limit). Give it one with memory=, so "
-            "that the scheduler looks for a node with as much."
-        )
-    return (
-        f"killed because it needed more than its memory limit of {show_size(spec.memory)}. Raise memory= of the "
-        f"step or of its compute (such as {show_size(2 * spec.memory)}), or make it need less."
-    )
-
-
-def _disruption(pod: Mapping[str, Any]) -> str:
+def disruption(pod: Mapping[str, Any]) -> str:
     """Return why the cluster took the pod away, in its words, or an empty string."""
     status = pod.get("status", {})
     condition = find_condition(pod, "DisruptionTarget")
@@ -347,36 +173,95 @@ def _disruption(pod: Mapping[str, Any]) -> str:
     return ""
 
 
-def _lost(
-    step: str,
-    pod: Mapping[str, Any] | None,
-    *,
-    before_start: bool,
-    log_tail: Sequence[str] = (),
-) -> StepFailedError:
-    when = "before it began" if before_start else "while it ran"
-    why = _disruption(pod) if pod is not None else ""
-    if "ephemeral" in why or "emptyDir" in why or "exceeds the total limit" in why:
-        return StepFailedError(
-            step,
-            f"its pod was evicted because it wrote more to disk than it may: {why}. Raise the compute's "
-            "ephemeral_storage, or write less.",
-            log_tail=log_tail,
-            retryable=False,
+def find_memory_limit(pod: Mapping[str, Any], name: str) -> str:
+    """Return the memory limit of a container, whoever has set it, for people; empty if it has none."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    spec = pod.get("spec", {})
+    for container in (*(spec.get("initContainers") or ()), *(spec.get("containers") or ())):
+        limit = (container.get("resources") or {}).get("limits", {}).get("memory")
+        if container["name"] == name and limit:
+            return show_size(float(parse_quantity(limit)))
+    return ""
+
+
+def _went_with_its_pod(end: PodEnd, facts: Mapping[str, Any]) -> bool:
+    """Return whether it was the end of the pod that ended the program, not the other way round."""
+    if facts.get("reason") == "ContainerStatusUnknown":
+        return True
+    killed = facts.get("exitCode") in _KILLED and facts.get("reason") != "OOMKilled"
+    return end.gone and killed
+
+
+def _no_program(spec: PodSpec, code: int, said: str) -> str:
+    match = _NO_PROGRAM.search(said)
+    if match is None and code in (COMMAND_NOT_FOUND, COMMAND_NOT_EXECUTABLE):
+        return (
+            f"exit code {code}: a command that it called is not in the image {spec.image_name!r}, or can't be "
+            "executed"
         )
-    if why:
-        message = f"the cluster took its pod away {when} ({why[:_SHOWN]}). {_NOT_TO_BLAME}"
-        return PodLostError(step, message, why=why[:_SHOWN].strip(": "), log_tail=log_tail)
-    message = f"its pod was deleted {when}, by somebody or by the cluster (a drained or lost node). {_NOT_TO_BLAME}"
-    return PodLostError(step, message, why=f"deleted {when}", log_tail=log_tail)
+    return (
+        f"the program {spec.argv[0]!r} can't be started in the image {spec.image_name!r} ({said[:_SHOWN]}). "
+        "Install it there, or name one that is."
+    )
 
 
-def _pod_failed(
-    step: str, pod: Mapping[str, Any], spec: PodSpec, log_tail: Sequence[str]
-) -> StepFailedError:
-    status = pod.get("status", {})
-    said = " ".join(str(status[key]) for key in ("reason", "message") if status.get(key))
-    message = f"its pod {spec.name!r} ended without its program ({said or status.get('phase')}). {_NOT_TO_BLAME}"
-    if status.get("reason") == "DeadlineExceeded":
-        return StepFailedError(step, message, log_tail=log_tail)
-    return PodLostError(step, message, why=said[:_SHOWN] or "it ended", log_tail=log_tail)
+def _out_of_memory(spec: PodSpec, limit: str) -> str:
+    if not limit:
+        return (
+            "killed because the node ran out of memory (the step has no limit). Give it one with memory=, so "
+            "that the scheduler looks for a node with as much."
+        )
+    if spec.memory is None:
+        return (
+            f"killed because it needed more than its memory limit of {limit}, which is not the step's own: the "
+            "namespace's LimitRange or the compute's pod_template_file sets it. Give the step or its compute memory= "
+            "(more than that), or make it need less."
+        )
+    return (
+        f"killed because it needed more than its memory limit of {limit}. Raise memory= of the step or of its "
+        f"compute (such as {show_size(2 * spec.memory)}), or make it need less."
+    )
+
+
+def _disk_limit(why: str) -> str | None:
+    """Return which limit of its own a pod that was evicted has met, and what to raise; None if it met none."""
+    container = _CONTAINER_LIMIT.search(why)
+    if container is not None:
+        whose = (
+            "it wrote"
+            if container["name"] == STEP
+            else f"its container {container['name']!r} wrote"
+        )
+        return (
+            f"{whose} more to disk than its limit of {container['limit']}. Raise the compute's ephemeral_storage (or "
+            "the default that the namespace's LimitRange sets)"
+        )
+    pod = _POD_LIMIT.search(why)
+    if pod is not None:
+        return (
+            f"its containers, with their files and outputs, wrote more to disk than the limit of {pod['limit']} that "
+            "they have together. Raise the compute's ephemeral_storage"
+        )
+    volume = _VOLUME_LIMIT.search(why)
+    if volume is None:
+        return None
+    if volume["name"] == SHM:
+        return f"it put more into /dev/shm than its {volume['limit']}. Raise shm_size"
+    return (
+        f"it put more into the volume {volume['name']!r} than its sizeLimit of {volume['limit']}. Raise that in the "
+        "compute's pod_template_file"
+    )
+
+
+def _shared_memory_hint(pod: Mapping[str, Any], code: int, log_tail: Sequence[str]) -> str:
+    """Return what may be too small for a program that touched shared memory which was not there."""
+    if code != _BUS_ERROR and not any(_SHM_FULL.search(line) for line in log_tail):
+        return ""
+    from kubernetes.utils.quantity import parse_quantity
+
+    size = _SHM_DEFAULT
+    for volume in pod.get("spec", {}).get("volumes") or ():
+        if volume["name"] == SHM and volume.get("emptyDir", {}).get("sizeLimit"):
+            size = show_size(float(parse_quantity(volume["emptyDir"]["sizeLimit"])))
+    return f". Was its shared memory full (/dev/shm has {size})? Then raise shm_size= of the step or of its compute"

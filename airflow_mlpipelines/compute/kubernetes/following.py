@@ -14,15 +14,15 @@ from airflow_mlpipelines.compute.base import DetachedError
 from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
 from airflow_mlpipelines.compute.kubernetes.cluster import PATIENCE_SECONDS, ClusterError
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews, PodWatch, Reason
-from airflow_mlpipelines.compute.kubernetes.failures import (
-    is_hopeless,
-    start_failure,
-    timeout_failure,
-)
 from airflow_mlpipelines.compute.kubernetes.lifetime import KILL_SECONDS
 from airflow_mlpipelines.compute.kubernetes.logs import LogFollower
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP, label_value
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
+from airflow_mlpipelines.compute.kubernetes.starting import (
+    StartErrors,
+    start_failure,
+    timeout_failure,
+)
 from airflow_mlpipelines.compute.kubernetes.volumes import has_helpers
 from airflow_mlpipelines.compute.kubernetes.watch import (
     Observer,
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 TAIL_LINES = 50
 """How much of its log a failed step's error shows."""
 _PAUSE = 0.2
-_GIVEN_UP = (Reason.HOPELESS, Reason.UNSCHEDULED, Reason.UNSTARTED)
+_LATE = (Reason.UNSCHEDULED, Reason.UNSTARTED)
 """What a trigger finds by the time that a pod has waited, of which its next worker knows nothing."""
 
 
@@ -97,7 +97,11 @@ def was_killed(launch: StepLaunch, log_tail: tuple[str, ...] = ()) -> StepFailed
 
 
 class PodFollower:
-    """Stays beside one step's pod, for as long as this worker is to. One instance serves one try."""
+    """Stays beside one step's pod, for as long as this worker is to. One instance serves one try.
+
+    Attributes:
+        stays_until: How long that is: a time of :func:`time.monotonic`.
+    """
 
     def __init__(
         self,
@@ -126,7 +130,7 @@ class PodFollower:
         self._news = news
         self._stops = stops
         self._compute: KubernetesComputeSpec = cluster.compute
-        self._stays_until = choose_stay(launch, cluster.compute, news, spec.name)
+        self.stays_until = choose_stay(launch, cluster.compute, news, spec.name)
 
     def detach(
         self,
@@ -174,26 +178,25 @@ class PodFollower:
         """
         reason = self._news.reason if self._news is not None else None
         step, spec, compute = self._launch.step_name, self._spec, self._compute
+        errors = StartErrors()
         watch = StartWatch(
             self._cluster,
             spec.name,
             schedule_seconds=compute.schedule_timeout_seconds,
             startup_seconds=compute.startup_timeout_seconds,
             is_hopeless=lambda pod, waited: (
-                self._stops.killed or reason in _GIVEN_UP or is_hopeless(pod, waited)
+                self._stops.killed
+                or reason in _LATE
+                or errors.is_hopeless(pod, math.inf if reason is Reason.HOPELESS else waited)
             ),
-            patience=self._stays_until,
+            patience=self.stays_until,
         )
         try:
             pod = watch.until(done)
-            if (
-                pod is not None
-                and not done(pod)
-                and reason in (Reason.UNSCHEDULED, Reason.UNSTARTED)
-            ):
+            if pod is not None and not done(pod) and reason in _LATE:
                 raise StartTimeoutError(pod, scheduled=reason is Reason.UNSTARTED)
         except StartTimeoutError as timeout:
-            raise timeout_failure(step, timeout, spec, compute) from timeout
+            raise timeout_failure(step, timeout, spec, compute, self._cluster) from timeout
         if self._stops.killed:
             raise was_killed(self._launch)
         if pod is None or not done(pod):
@@ -216,10 +219,10 @@ class PodFollower:
                 break
             ended = container_state(pod, STAGE)[0] == "terminated"
             with suppress(ClusterError):
-                follower.read(follow=True, until=math.inf if ended else self._stays_until)
+                follower.read(follow=True, until=math.inf if ended else self.stays_until)
             if ended:
                 break
-            if time.monotonic() > self._stays_until:
+            if time.monotonic() > self.stays_until:
                 raise self.detach(pod, Awaited.END, logs={log_name: follower.to_dict()})
             time.sleep(_PAUSE)
         follower.finish()
@@ -247,7 +250,7 @@ class PodFollower:
                     follower,
                     observer=observer,
                     is_stopped=lambda: bool(self._stops),
-                    until=self._stays_until,
+                    until=self.stays_until,
                 )
             except StillWaitingError as error:
                 position = {spec.name: follower.to_dict()}

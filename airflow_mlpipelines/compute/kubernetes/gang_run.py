@@ -46,6 +46,7 @@ from airflow_mlpipelines.compute.kubernetes.logs import LogFollower, read_tail
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
 from airflow_mlpipelines.compute.kubernetes.removal import patience_after
+from airflow_mlpipelines.compute.kubernetes.room import make_when_room
 from airflow_mlpipelines.compute.kubernetes.transfer import deliver
 from airflow_mlpipelines.compute.kubernetes.volumes import hand_over, look_again
 from airflow_mlpipelines.compute.kubernetes.watch import (
@@ -120,8 +121,17 @@ class GangAttendant:
             if self._stops.killed:
                 raise self._was_killed()
             hand_over(self._spec.pod)
-            job = create_gang(self._cluster, self._spec, self._token)
-            self._stops.look = lambda: job
+            made = make_when_room(
+                lambda: create_gang(self._cluster, self._spec, self._token),
+                self._launch,
+                self._cluster.compute,
+                note=self._note,
+                until=self._stays_until,
+                is_stopped=lambda: self._stops.killed,
+            )
+            if made is None:
+                raise self._was_killed()
+            job, self._stops.look = made, lambda: made
             self._prepare(job)
         else:
             job = take_over(self._cluster, "jobs", self._spec.name, self._token)

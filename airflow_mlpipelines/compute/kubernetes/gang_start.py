@@ -7,15 +7,16 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines._units import show_duration
-from airflow_mlpipelines.compute.kubernetes.cluster import PATIENCE_SECONDS, ClusterError
+from airflow_mlpipelines.compute.kubernetes.cluster import PATIENCE_SECONDS
 from airflow_mlpipelines.compute.kubernetes.detaching import Reason
-from airflow_mlpipelines.compute.kubernetes.failures import (
-    is_hopeless,
+from airflow_mlpipelines.compute.kubernetes.events import read_warnings
+from airflow_mlpipelines.compute.kubernetes.gang import list_pods, node_of
+from airflow_mlpipelines.compute.kubernetes.pod import QUEUE_LABEL
+from airflow_mlpipelines.compute.kubernetes.starting import (
+    StartErrors,
     start_failure,
     timeout_failure,
 )
-from airflow_mlpipelines.compute.kubernetes.gang import list_pods, node_of
-from airflow_mlpipelines.compute.kubernetes.pod import QUEUE_LABEL
 from airflow_mlpipelines.compute.kubernetes.watch import (
     StartTimeoutError,
     find_condition,
@@ -24,7 +25,7 @@ from airflow_mlpipelines.compute.kubernetes.watch import (
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from airflow_mlpipelines.compute.kubernetes.cluster import Cluster
     from airflow_mlpipelines.compute.kubernetes.gang import GangSpec, Pods
@@ -74,6 +75,7 @@ def await_pods(
     compute = cluster.compute
     began = time.monotonic()
     placed_at: float | None = None
+    errors = StartErrors()
     pause = _PAUSE
     while True:
         pods = list_pods(cluster, spec.pod.step_run_id, patience=PATIENCE_SECONDS)
@@ -87,14 +89,14 @@ def await_pods(
         if found in (Reason.HOPELESS, Reason.UNSCHEDULED, Reason.UNSTARTED):
             waited = math.inf
         for pod in pods:
-            if not done(pod) and (is_over(pod) or is_hopeless(pod, waited)):
+            if not done(pod) and (is_over(pod) or errors.is_hopeless(pod, waited)):
                 raise at_node(start_failure(step, pod, spec.pod, compute), pod, spec)
         if placed_at is None and waited > compute.schedule_timeout_seconds:
             raise _no_place(cluster, step, spec, pods)
         if placed_at is not None and waited > compute.startup_timeout_seconds:
             late = next(pod for pod in pods if not done(pod))
             timeout = StartTimeoutError(late, scheduled=True)
-            raise at_node(timeout_failure(step, timeout, spec.pod, compute), late, spec)
+            raise at_node(timeout_failure(step, timeout, spec.pod, compute, cluster), late, spec)
         if whole and now > until:
             raise GangStillWaitingError(pods)
         time.sleep(pause)
@@ -140,11 +142,5 @@ def _explain_missing_pods(cluster: Cluster, job: Mapping[str, Any]) -> str:
     if job["spec"].get("suspend"):
         queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
         return f"it waits in queue {queue!r}" if queue else "it is suspended"
-    try:
-        selector = f"involvedObject.uid={job['metadata']['uid']},type=Warning"
-        events: Sequence[Mapping[str, Any]] = cluster.ask(
-            "GET", "events", query={"fieldSelector": selector}
-        )["items"]
-    except ClusterError:  # it need not be allowed
-        events = ()
-    return str(events[-1].get("message")) if events else "the cluster says nothing"
+    warnings = read_warnings(cluster, job)
+    return warnings[-1] if warnings else "the cluster says nothing"

@@ -6,14 +6,17 @@ is not in the workspace's registry yet.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import name_environment
 from airflow_mlpipelines.compute.built_images import (
+    LABEL,
     USUAL_PLATFORM,
     building_alone,
     define,
     recall,
+    tell_unpinned,
 )
 from airflow_mlpipelines.compute.images import (
     ImageIdentity,
@@ -22,7 +25,8 @@ from airflow_mlpipelines.compute.images import (
     repository_of,
     resolve_image,
 )
-from airflow_mlpipelines.compute.registries import find_digest, look_up_image
+from airflow_mlpipelines.compute.kubernetes.pull_secrets import image_conn_ids
+from airflow_mlpipelines.compute.registries import find_digest, look_up_image, read_login
 from airflow_mlpipelines.definition.graph import DockerComputeSpec
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, EnvironmentBuildError
 
@@ -128,20 +132,18 @@ class PodImages:
         self, definition: ImageDefinition, emit: Emit, guard: BuildGuard | None
     ) -> tuple[ImageDefinition, str]:
         """Return the definition, with bases that are known now, and the image in the registry."""
-        from airflow_mlpipelines.compute.docker.environments import build_and_push, settle_bases
-
         if definition.problem is not None:
-            client = self._connect(definition)
-            definition = settle_bases(definition, self._builder, client, emit)
+            definition = self._settle_bases(definition, emit)
         found = self._seek(definition)
         if found is None:
             where = self._registry(definition.environment).url
             with building_alone(definition, where=where, guard=guard, emit=emit):
                 found = self._seek(definition)
                 if found is None:
-                    client = self._connect(definition)
-                    self._check_platform(definition, client)
-                    build_and_push(definition, self._builder, client, emit)
+                    if self._compute.buildkit_host is not None:
+                        self._build_with_buildkit(definition, self._compute.buildkit_host, emit)
+                    else:
+                        self._build_with_docker(definition, emit)
                     found = self._seek(definition)
         if found is None:
             raise ComputeUnavailableError(
@@ -149,6 +151,51 @@ class PodImages:
                 f"it as {self._reference(definition)}: whoever cleans the registry up was quick."
             )
         return definition, found
+
+    def _settle_bases(self, definition: ImageDefinition, emit: Emit) -> ImageDefinition:
+        """Return the definition with bases that are known now, as a Docker daemon knows some that we don't."""
+        from airflow_mlpipelines.compute.docker.environments import settle_bases
+
+        if self._compute.buildkit_host is not None:
+            raise ComputeUnavailableError(
+                f"{name_environment(definition.environment)} can't be built, as it is not known on what: "
+                f"{definition.problem}"
+            )
+        return settle_bases(definition, self._builder, self._connect(definition), emit)
+
+    def _build_with_docker(self, definition: ImageDefinition, emit: Emit) -> None:
+        from airflow_mlpipelines.compute.docker.environments import build_and_push
+
+        client = self._connect(definition)
+        self._check_platform(definition, client)
+        build_and_push(definition, self._builder, client, emit)
+
+    def _build_with_buildkit(self, definition: ImageDefinition, host: str, emit: Emit) -> None:
+        from airflow_mlpipelines.compute.buildkit import BuildkitDaemon
+
+        environment = definition.environment
+        reference = self._reference(definition)
+        daemon = BuildkitDaemon(
+            compute=self._compute.name,
+            host=host,
+            tls=self._compute.buildkit_tls,
+            logins=[read_login(conn_id) for conn_id in self._conn_ids],
+            insecure=self._registry(environment).insecure,
+        )
+        emit(
+            f"Building image {reference} for {name_environment(environment)} on {host}. This is done once."
+        )
+        began = time.monotonic()
+        daemon.build(
+            definition.context,
+            reference=reference,
+            platform=self._platform,
+            labels={LABEL: definition.context.digest},
+            named=name_environment(environment),
+            emit=emit,
+        )
+        emit(f"Built and pushed image {reference} in {time.monotonic() - began:.1f} s")
+        tell_unpinned(environment, emit)
 
     def _registry(self, environment: EnvironmentSpec) -> RegistrySpec:
         registry = self._compute.registry
@@ -226,9 +273,7 @@ class PodImages:
 
     @property
     def _conn_ids(self) -> list[str]:
-        registry = self._compute.registry
-        conn_ids = (registry.conn_id if registry is not None else None, self._compute.image_conn_id)
-        return [conn_id for conn_id in conn_ids if conn_id is not None]
+        return image_conn_ids(self._compute)
 
     @property
     def _insecure(self) -> set[str]:

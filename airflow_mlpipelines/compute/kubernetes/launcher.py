@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections import deque
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,8 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     connect,
 )
 from airflow_mlpipelines.compute.kubernetes.contact import ContactKeeper
-from airflow_mlpipelines.compute.kubernetes.detaching import PodNews
-from airflow_mlpipelines.compute.kubernetes.failures import (
-    PodLostError,
-    lost_unseen,
-    refusal,
-    start_failure,
-)
+from airflow_mlpipelines.compute.kubernetes.detaching import PodNews, Reason
+from airflow_mlpipelines.compute.kubernetes.failures import PodLostError, lost_unseen
 from airflow_mlpipelines.compute.kubernetes.following import TAIL_LINES, Stops
 from airflow_mlpipelines.compute.kubernetes.gang import (
     discard_gang,
@@ -48,8 +44,11 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     remove_pod,
 )
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, plan_pod, pod_name
+from airflow_mlpipelines.compute.kubernetes.pull_secrets import add_pull_secret
+from airflow_mlpipelines.compute.kubernetes.refusals import refusal
 from airflow_mlpipelines.compute.kubernetes.relaunch import PodNote
 from airflow_mlpipelines.compute.kubernetes.releasing import Owned, remove_owned
+from airflow_mlpipelines.compute.kubernetes.starting import start_failure
 from airflow_mlpipelines.compute.kubernetes.template import lay_over, read_template
 from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared, works_with_stage
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
@@ -81,8 +80,7 @@ class KubernetesLauncher(Launcher):
     """Runs one step as one pod of a Kubernetes cluster; on several nodes, as the pods of a Job.
 
     Data travel through a worker and the API server, which suits some gigabytes, unless the compute has an agent or
-    shared volumes. A GPU model (``gpu_type``) is asked for by the node label
-    ``<gpu_resource>.product``, such as ``nvidia.com/gpu.product``, which NVIDIA's feature discovery sets.
+    shared volumes. A GPU model (``gpu_type``) is asked for by the node label ``gpu_type_label``.
     """
 
     carries_files = True
@@ -185,6 +183,8 @@ class KubernetesLauncher(Launcher):
             # An adopted pod's first worker may have been another machine.
             directory.mkdir(parents=True, exist_ok=True)
         note = self._note = PodNote(handle)
+        if launch.news is not None and PodNews.from_dict(launch.news).reason is Reason.RETRY:
+            launch = replace(launch, news=None)  # there was no pod yet that could have any
         try:
             with self._in_words(launch.step_name):
                 if launch.nodes > 1:
@@ -196,7 +196,7 @@ class KubernetesLauncher(Launcher):
             if again is None:
                 raise
             raise again from lost
-        except StepFailedError:
+        except (StepFailedError, ComputeUnavailableError):
             if note.is_empty:  # else it is another try's by now
                 note.forget()
             raise
@@ -280,7 +280,7 @@ class KubernetesLauncher(Launcher):
         spec = plan_pod(launch, self._compute, image_name=image)
         if launch.carriage:
             spec = add_agent(spec, launch, self._compute)
-        spec = mount_shared(spec, launch, self._compute)
+        spec = mount_shared(add_pull_secret(spec, self._compute), launch, self._compute)
         self.carries_files = not works_with_stage(launch.stage, spec)
         if self._compute.pod_template_file is not None:
             try:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
 from airflow_mlpipelines.compute.kubernetes.pod import STEP
-from airflow_mlpipelines.compute.log_lines import LineFolder
 from airflow_mlpipelines.compute.log_position import LogEntry, LogPosition
+from airflow_mlpipelines.runtime.log_lines import LineFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

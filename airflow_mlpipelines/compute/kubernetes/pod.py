@@ -30,12 +30,14 @@ Json = dict[str, Any]
 STEP = "step"
 STAGE = "stage"
 OUTPUTS_KEEPER = "outputs"
+DOCKER_CONFIG = ".dockerconfigjson"
+"""The document of a Secret that nodes log in at registries with, as Kubernetes calls it."""
 OWNER = f"{LABEL_PREFIX}owner"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 DEFAULT_UID = 1000
 """Whom a step runs as where the worker is root, whom a pod should not be."""
 WORKSPACE = "mlp-workspace"
-_SHM = "mlp-shm"
+SHM = "mlp-shm"
 _SUB_PATHS = ("code", "run", "outputs", "home")
 _READ_ONLY = ("runtime", "inputs")
 _LONGEST_NAME = 63
@@ -64,7 +66,7 @@ class PodSpec:
         uid: Whom the step's files belong to in the pod.
         memory: Bytes.
         manifest: The pod, without what only this try knows.
-        documents: Files of the pod's Secret that helpers mount, by their names.
+        documents: Files of the pod's Secret that helpers mount, or that nodes read, by their names.
         shared: What the step has on volumes that the worker shares: ``inputs/<name>``, ``outputs``, and ``work`` for
             all that it works with. It is not copied.
         written: The directories on such volumes that the step writes to.
@@ -127,8 +129,8 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
     ]
     volumes: list[Json] = [{"name": WORKSPACE, "emptyDir": {}}]
     if shm_size is not None:
-        volumes.append({"name": _SHM, "emptyDir": {"medium": "Memory", "sizeLimit": str(shm_size)}})
-        mounts.append({"name": _SHM, "mountPath": "/dev/shm"})  # noqa: S108 - where it has to be
+        volumes.append({"name": SHM, "emptyDir": {"medium": "Memory", "sizeLimit": str(shm_size)}})
+        mounts.append({"name": SHM, "mountPath": "/dev/shm"})  # noqa: S108 - where it has to be
     step: Json = {
         "name": STEP,
         "image": launch.image or image_name,
@@ -195,6 +197,8 @@ def secret_manifest(spec: PodSpec, owner: Mapping[str, Any]) -> Json:
     return {
         "apiVersion": "v1",
         "kind": "Secret",
+        # Nodes read no Secret of another type.
+        "type": "kubernetes.io/dockerconfigjson" if DOCKER_CONFIG in values else "Opaque",
         "metadata": {
             "name": spec.name,
             "labels": spec.manifest["metadata"]["labels"],
@@ -274,7 +278,7 @@ def _placement(compute: KubernetesComputeSpec, gpu_type: str | None) -> Json:
     """Return the fields that say where the pod may run, and as whom towards the cluster."""
     selector = dict(compute.node_selector)
     if gpu_type is not None:
-        selector[f"{compute.gpu_resource}.product"] = gpu_type
+        selector[compute.gpu_type_label or f"{compute.gpu_resource}.product"] = gpu_type
     fields: Json = {
         "serviceAccountName": compute.service_account,
         "imagePullSecrets": [{"name": name} for name in compute.image_pull_secrets],

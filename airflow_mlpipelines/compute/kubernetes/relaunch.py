@@ -16,6 +16,7 @@ _FIRST_PAUSE = 5.0
 _LONGEST_PAUSE = 60.0
 _LAUNCHER = "kubernetes"
 _POD, _JOB, _AWAITS, _RELAUNCHES = "pod", "job", "awaits", "relaunches"
+_QUEUED_AT = "queued_at"
 
 
 class PodNote:
@@ -26,6 +27,7 @@ class PodNote:
         job: The ``uid`` of the Job, of a step on several nodes; None while there is none.
         awaits: What a pod that was left to itself wants next; None of one that a worker attends to.
         relaunches: How many pods this try has lost.
+        queued_at: Since when there has been no room for it, in seconds of the epoch; None once there is some.
     """
 
     def __init__(self, handle: HandleStore) -> None:
@@ -35,6 +37,7 @@ class PodNote:
         self.job: str | None = noted.get(_JOB)
         self.awaits: str | None = noted.get(_AWAITS)
         self.relaunches = int(noted.get(_RELAUNCHES, 0))
+        self.queued_at: float | None = noted.get(_QUEUED_AT)
 
     @property
     def is_empty(self) -> bool:
@@ -43,8 +46,22 @@ class PodNote:
 
     def set(self, pod: str | None, *, job: str | None = None, awaits: str | None = None) -> None:
         """Note the pod or the Job, beside how many were lost before it."""
-        self.pod, self.job, self.awaits = pod, job, awaits
-        fields = {_POD: pod, _JOB: job, _AWAITS: awaits, _RELAUNCHES: self.relaunches or None}
+        self.pod, self.job, self.awaits, self.queued_at = pod, job, awaits, None
+        self._write()
+
+    def queue(self, since: float) -> None:
+        """Note that there is no room for it, ``since`` when, in seconds of the epoch."""
+        self.queued_at = since
+        self._write()
+
+    def _write(self) -> None:
+        fields = {
+            _POD: self.pod,
+            _JOB: self.job,
+            _AWAITS: self.awaits,
+            _RELAUNCHES: self.relaunches or None,
+            _QUEUED_AT: self.queued_at,
+        }
         found = {key: value for key, value in fields.items() if value is not None}
         self._handle.set({"launcher": _LAUNCHER, **found} if found else None)
 

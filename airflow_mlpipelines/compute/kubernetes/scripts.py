@@ -10,6 +10,8 @@ from __future__ import annotations
 SHELL = "/bin/sh"
 KEPT_MINUTES = 360
 """How long a pod waits for a worker to come back."""
+NO_CONTACT = 75
+"""How ``stage`` ends when none came."""
 
 # Container "stage": holds the step back until the worker has sent everything.
 WAIT = f"""
@@ -22,7 +24,7 @@ while [ -n "$(find control/contact -mmin -{KEPT_MINUTES})" ]; do
     sleep 0.05
   done
 done
-exit 1
+exit {NO_CONTACT}
 """
 
 # Container "outputs": keeps the workspace within reach, above all once the step has ended. Told to end, it

@@ -88,17 +88,7 @@ class Deployment:
         (self.folder / "env").write_text("".join(lines))
         for source in DAGS:
             shutil.copytree(source, self.folder / "dags", dirs_exist_ok=True)
-        # The workspace as it is shipped, but for the names that are this deployment's own.
-        workspace = yaml.safe_load((ROOT / "compose" / "mlpipelines.yaml").read_text())
-        workspace["computes"]["docker"] |= {
-            "image": self.image("steps"),
-            "network_mode": self.steps_network,
-        }
-        (self.folder / "mlpipelines.yaml").write_text(yaml.safe_dump(workspace))
-        mounts = [
-            f"{self.folder}/dags:/opt/airflow/dags:ro",
-            f"{self.folder}/mlpipelines.yaml:/opt/airflow/mlpipelines.yaml:ro",
-        ]
+        mounts = [f"{self.folder}/dags:/opt/airflow/dags:ro"]
         services = {service: {"volumes": mounts} for service in _AIRFLOW}
         (self.folder / "override.yml").write_text(yaml.safe_dump({"services": services}))
 

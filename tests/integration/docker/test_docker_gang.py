@@ -98,6 +98,25 @@ def test_tensorflow_s_cluster_has_host_names_and_ports_that_answer(step: DockerS
     assert hosts == {"worker": ["node-0", "node-1"], "ps": ["node-0"]}
 
 
+def test_a_chief_ends_a_cluster_whose_workers_and_servers_would_serve_for_ever(
+    step: DockerStep,
+) -> None:
+    script = """
+        import json, os, time
+        config = json.loads(os.environ["TF_CONFIG"])
+        kind = config["task"]["type"]
+        print(kind, "of", {kind: len(found) for kind, found in sorted(config["cluster"].items())})
+        time.sleep(1 if kind == "chief" else 600)
+        """
+    fields = {"framework": "tensorflow", "servers": 2, "chief": True}
+    lines = step.run(gang(step, script, timeout_seconds=200, **fields))
+
+    told = sorted(line.split(" ", 2)[2] for line in lines if " of {" in line)
+    cluster = "of {'chief': 1, 'ps': 2, 'worker': 2}"
+    assert told == [f"{kind} {cluster}" for kind in ("chief", "ps", "ps", "worker", "worker")]
+    assert_nothing_left(step)
+
+
 @pytest.mark.parametrize("user", [None, "12345:12345"])
 def test_real_mpi_reduces_over_containers_without_any_sshd(
     step: DockerStep, mpi_image: str, user: str | None
@@ -121,10 +140,14 @@ def test_an_mpi_rank_that_fails_on_another_node_ends_all(step: DockerStep, mpi_i
             import os; os._exit(3)
         time.sleep(600)
         """
-    with pytest.raises(StepFailedError, match="node 0 of 2: exit code 3") as caught:
+    with pytest.raises(StepFailedError, match="node 1 of 2: exit code 3") as caught:
         step.run(gang(step, script, framework="mpi", image=mpi_image))
 
-    assert "[rank 1] out of data" in caught.value.log_tail
+    assert caught.value.log_tail[-2:] == (
+        "rank 1 of 2 ended with exit code 3; it ran on node 1 (node-1); all others were ended. "
+        "The end of its log:",
+        "  out of data",
+    )
     assert_nothing_left(step)
 
 

@@ -18,7 +18,7 @@ from airflow_mlpipelines.compute.gpus import Gpu
 from airflow_mlpipelines.compute.local import LocalLauncher
 from airflow_mlpipelines.definition.graph import DockerComputeSpec, LocalComputeSpec, ResourcesSpec
 from airflow_mlpipelines.exceptions import StepFailedError
-from airflow_mlpipelines.runtime.rendezvous import free_ports
+from tests.gangs import free_ports
 from tests.integration.docker.conftest import DockerStep, wait_until
 from tests.integration.docker.gpu_daemon import BUSYBOX, gpu_daemon
 from tests.parts import require_docker

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from airflow_mlpipelines.compute.docker import DockerLauncher
-from airflow_mlpipelines.compute.log_lines import LONGEST_LINE
 from airflow_mlpipelines.definition.graph import DockerComputeSpec
 from airflow_mlpipelines.exceptions import StepFailedError
+from airflow_mlpipelines.runtime.log_lines import LONGEST_LINE
 from tests.integration.docker.conftest import IMAGE, DockerStep, docker_cli, wait_until
 from tests.parts import missing
 

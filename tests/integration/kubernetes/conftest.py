@@ -194,8 +194,14 @@ def pods(cluster: Cluster) -> Iterator[Pods]:
 @pytest.fixture
 def gpus(cluster: Cluster) -> Iterator[int]:
     """How many GPUs the cluster's one node has; no other test that takes this fixture runs meanwhile."""
-    counts = [int(node.status.allocatable.get(GPU, 0)) for node in cluster.core.list_node().items]
-    if len(counts) != 1 or not counts[0]:
-        missing(f"the cluster is not one node with GPUs: its nodes have {counts} of {GPU}")
-    with FileLock(shared_folder() / "gpus.lock"):
+    with nodes_lock():
+        nodes = cluster.core.list_node().items
+        counts = [int(node.status.allocatable.get(GPU, 0)) for node in nodes]
+        if len(counts) != 1 or not counts[0]:
+            missing(f"the cluster is not one node with GPUs: its nodes have {counts} of {GPU}")
         yield counts[0]
+
+
+def nodes_lock() -> FileLock:
+    """Return what whoever counts the cluster's nodes, or adds one, has to hold meanwhile."""
+    return FileLock(shared_folder() / "gpus.lock")

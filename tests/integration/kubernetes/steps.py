@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import uuid
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -116,6 +117,19 @@ def suppress_absent() -> Iterator[None]:
     except ApiException as error:
         if error.status != 404:
             raise
+
+
+@contextmanager
+def own_namespace(kubeconfig: Any, **labels: str) -> Iterator[str]:
+    """Give the name of a namespace that nobody else uses, with its default service account."""
+    api = make_api(kubeconfig)
+    name = f"mlp-test-{uuid.uuid4().hex[:8]}"
+    api.create_namespace({"metadata": {"name": name, "labels": labels}})
+    try:
+        wait_until(lambda: api.list_namespaced_service_account(name).items, "its account is there")
+        yield name
+    finally:
+        api.delete_namespace(name)
 
 
 class Wire:

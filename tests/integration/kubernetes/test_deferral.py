@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sqlite3
 import time
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,23 @@ import pytest
 
 from airflow_mlpipelines.cli.stack import AirflowStack
 from airflow_mlpipelines.submission.rest import AirflowClient
+from tests.integration.kubernetes import flow
 from tests.integration.kubernetes.rights import grant_rights
+from tests.integration.kubernetes.s3 import Lake, serve_s3
 from tests.integration.kubernetes.steps import IMAGE, make_api, wait_until
+from tests.integration.kubernetes.test_kubernetes_agent import agent_image  # noqa: F401 - a fixture
+from tests.integration.kubernetes.world import World
+from tests.parts import missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.stack, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.kubernetes,
+    pytest.mark.s3,
+    pytest.mark.stack,
+    pytest.mark.timeout(900),
+]
 
 CANARY = "canary-4711"
 DAG = """
@@ -52,90 +63,41 @@ pipeline("too_long", 100002, dagrun_timeout=timedelta(seconds=45))
 pipeline("expired", 100003, step=dict(timeout=8))
 pipeline("taken", 60)
 pipeline("orphaned", 300)
+pipeline("crowded", 3, compute=dict(priority_class={namespace!r}))
 pipeline("attended", 150, compute=dict(deferrable=False), step=dict(retries=1, retry_delay=1))
+pipeline("lost", 60, compute=dict(deferrable=False), step=dict(secrets=dict(PASSWORD="canary")))
 pipeline("unschedulable", 1, compute=dict(schedule_timeout_seconds=12, gpus=64), step=dict(resources=Resources(gpus=64)))
 """
 
 
-@dataclass
-class World:
-    """A running Airflow, and the cluster that its steps run on."""
-
-    stack: AirflowStack
-    client: AirflowClient
-    cluster: Any
-
-    def start(self, dag_id: str) -> Run:
-        return Run(self, dag_id, self.client.trigger(dag_id))
-
-
-@dataclass
-class Run:
-    """One run of a pipeline whose one step is ``count``."""
-
-    world: World
-    dag_id: str
-    run_id: str
-
-    @property
-    def task(self) -> Any:
-        tasks = self.world.client.list_task_instances(self.dag_id, self.run_id)
-        return next(task for task in tasks if task["task_id"] == "count")
-
-    @property
-    def state(self) -> Any:
-        return self.task["state"]
-
-    def log(self, try_number: int = 1) -> str:
-        return "\n".join(self.world.client.get_log(self.dag_id, self.run_id, "count", try_number))
-
-    def numbers(self, try_number: int = 1) -> list[int]:
-        return [int(found) for found in re.findall(r"(?m)number (\d+)$", self.log(try_number))]
-
-    def error(self) -> str:
-        """Return the exception that the task ended with, as its log has it."""
-        path = f"/api/v2/dags/{self.dag_id}/dagRuns/{self.run_id}/taskInstances/count/logs/1"
-        found = self.world.client._send("GET", path).json()["content"]
-        return " ".join(str(line["error_detail"]) for line in found if line.get("error_detail"))
-
-    def has_left_nothing(self) -> bool:
-        """Wait until what was told to go is gone."""
-        self.wait_until(lambda run: not run.pods(), "its pods and Secrets are gone")
-        return True
-
-    def pods(self) -> list[Any]:
-        selector = f"airflow-mlpipelines.dag_id={self.dag_id}"
-        api, namespace = make_api(self.world.cluster.kubeconfig), self.world.cluster.namespace
-        found = api.list_namespaced_pod(namespace, label_selector=selector).items
-        return found + api.list_namespaced_secret(namespace, label_selector=selector).items
-
-    def pod(self) -> Any:
-        return next(iter(self.pods()), None)
-
-    def wait_until(self, condition: Callable[[Run], Any], what: str) -> Any:
-        try:
-            return wait_until(lambda: condition(self), what, seconds=150)
-        except AssertionError as error:
-            raise AssertionError(f"{error}; {self.state}: {self.log()}") from None
-
-    def wait_until_deferred(self, *, numbers: int = 1) -> None:
-        self.wait_until(lambda run: run.state == "deferred", "it is deferred")
-        self.wait_until(lambda run: len(run.numbers()) >= numbers, "lines come meanwhile")
-
-    def finish(self) -> str:
-        ended = ("success", "failed", "skipped", "upstream_failed")
-        return str(self.wait_until(lambda run: run.state in ended and run.state, "its end"))
+@pytest.fixture(scope="module")
+def lake(cluster: Any) -> Iterator[Lake]:
+    with serve_s3(cluster.host_address) as lake:
+        yield lake
 
 
 @pytest.fixture(scope="module")
-def world(cluster: Any, tmp_path_factory: Any) -> Iterator[World]:
+def world(cluster: Any, request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[World]:
     home = tmp_path_factory.mktemp("airflow")
     dags = home / "dags"
     dags.mkdir()
     (dags / "pods.py").write_text(DAG.format(namespace=cluster.namespace, image=IMAGE))
+    dag_ids = re.findall(r'(?m)^pipeline\("(\w+)"', DAG)
+    settings = {}
+    if cluster.access.state is not None:  # of another one, neither node nor network is ours
+        lake = request.getfixturevalue("lake")
+        flow.write(
+            dags / "flow",
+            lake,
+            namespace=cluster.namespace,
+            image=cluster.access.pin_image(IMAGE),
+            agent_image=request.getfixturevalue("agent_image"),
+        )
+        settings = {"AIRFLOW_CONN_LAKE": flow.connection(lake)}
+        dag_ids.append(flow.NAME)
     account = grant_rights(cluster)[0]  # with no other rights than those that we say it takes
     account.write_kubeconfig(home / "kubeconfig")
-    settings = {
+    settings |= {
         "KUBECONFIG": str(home / "kubeconfig"),
         "AIRFLOW_CONN_CANARY": f"generic://:{CANARY}@",
         # So that a triggerer that was killed is missed soon.
@@ -144,7 +106,7 @@ def world(cluster: Any, tmp_path_factory: Any) -> Iterator[World]:
     }
     with AirflowStack(home, dags, settings=settings) as stack:
         client = AirflowClient(stack.url, username=stack.username, password=stack.password)
-        for dag_id in re.findall(r'(?m)^pipeline\("(\w+)"', DAG):
+        for dag_id in dag_ids:
             wait_until(
                 lambda dag_id=dag_id: client.find_dag(dag_id) or client.list_import_errors(),
                 f"DAG {dag_id} is there",
@@ -220,10 +182,47 @@ def test_a_step_whose_time_is_up_or_that_fits_nowhere_is_told_while_deferred(wor
     assert re.search(
         r"no node of compute .cluster.*Insufficient nvidia.com/gpu", unschedulable.error()
     )
+    told = world.client.find_xcom(unschedulable.dag_id, unschedulable.run_id, "count", "step_run")
+    assert told["state"] == "failed"
+    assert "Insufficient nvidia.com/gpu" in told["reason"]
     assert expired.finish() == "failed"
     assert "ran longer than its timeout of 8 seconds" in expired.error()
     for run in (expired, unschedulable):
         assert run.has_left_nothing()
+
+
+@contextmanager
+def quota_of_one(world: World) -> Iterator[Callable[[], Any]]:
+    """Let there be one pod at a time of the pipeline ``crowded``, and one there is; give what deletes it."""
+    from kubernetes import client
+
+    api, name = make_api(world.cluster.kubeconfig), world.cluster.namespace
+    scheduling = client.SchedulingV1Api(api.api_client)
+    scheduling.create_priority_class({"metadata": {"name": name}, "value": 1})
+    try:
+        of_class = {"scopeName": "PriorityClass", "operator": "In", "values": [name]}
+        spec = {"hard": {"pods": "1"}, "scopeSelector": {"matchExpressions": [of_class]}}
+        api.create_namespaced_resource_quota(name, {"metadata": {"name": "one"}, "spec": spec})
+        wait_until(lambda: api.read_namespaced_resource_quota("one", name).status.hard, "it counts")
+        container = {"name": "x", "image": IMAGE}
+        busy = {"containers": [container], "priorityClassName": name, "nodeSelector": {"no": "no"}}
+        api.create_namespaced_pod(name, {"metadata": {"name": "busy"}, "spec": busy})
+        yield lambda: api.delete_namespaced_pod("busy", name, grace_period_seconds=0)
+    finally:
+        scheduling.delete_priority_class(name)
+
+
+def test_a_step_that_waits_for_a_quota_holds_no_worker_and_costs_no_retry(world: World) -> None:
+    with quota_of_one(world) as make_room:
+        run = world.start("crowded")
+        run.wait_until(lambda run: run.state == "deferred", "it is deferred")
+        assert not run.pods()
+        make_room()
+        assert run.finish() == "success", run.log()
+    assert run.task["try_number"] == 1
+    assert run.log().count("Waiting for room in quota 'one'") == 1, run.log()
+    assert run.numbers() == [0, 1, 2]
+    assert run.has_left_nothing()
 
 
 def test_a_triggerer_that_is_killed_loses_and_doubles_no_line(world: World) -> None:
@@ -251,3 +250,52 @@ def test_a_worker_that_is_killed_is_followed_by_one_that_adopts_the_pod(world: W
     assert run.finish() == "success", run.log(2)
     assert run.numbers(2) == list(range(150)), run.log(2)
     assert run.has_left_nothing()
+
+
+def test_a_pipeline_of_several_steps_hands_data_on_and_its_second_run_is_reused(
+    world: World, request: pytest.FixtureRequest
+) -> None:
+    if world.cluster.access.state is None:
+        missing("images can only be copied into the cluster that tests/cluster starts")
+    lake: Lake = request.getfixturevalue("lake")
+    lake.put("raw/numbers.txt", b"1 2 3 4")
+    first = flow.run(world.client)
+    assert first.states == dict.fromkeys(flow.TASKS, "success"), first.states
+    made = first.result("report", "report")
+    key = made["uri"].removeprefix(f"{lake.root}/")
+    assert lake.get(key) == b"10 in 2 parts"
+    assert first.metrics("total") == {"total": 10}
+    # The pods have moved all of it; the worker has seen none but what it looks up.
+    assert {"raw/numbers.txt", "even.txt", "odd.txt", "total"} <= {
+        name if name.startswith("raw/") else name.rpartition("/")[2]
+        for name in lake.asked("GET", by_pod=True)
+    }
+    assert not [name for name in lake.asked("GET", by_pod=False) if name.endswith(".txt")]
+
+    by_pods = len([who for who, _, _ in lake.requests if who != lake.host])
+    again = flow.run(world.client)
+    steps = dict.fromkeys(flow.STEPS, "skipped")
+    assert again.states == {**dict.fromkeys(flow.TASKS, "success"), **steps}
+    decisions = {name: step["decision"] for name, step in again.plan()["steps"].items()}
+    assert decisions == dict.fromkeys(flow.STEPS, "reuse")
+    assert again.result("report", "report") == made
+    assert len([who for who, _, _ in lake.requests if who != lake.host]) == by_pods  # no pod ran
+
+
+def test_what_a_killed_worker_without_retries_has_left_goes_with_the_next_run(world: World) -> None:
+    run = world.start("lost")
+    run.wait_until(lambda run: len(run.numbers()) > 5, "lines come")
+    first = run.pod().metadata.uid
+    os.kill(run.task["pid"], signal.SIGKILL)
+    assert run.finish() == "failed"
+    assert first in [pod.metadata.uid for pod in run.pods()]
+    database = world.stack.home / "mlpipelines" / "metadata.db"
+    with closing(sqlite3.connect(database)) as connection, connection:
+        changed = connection.execute("UPDATE mlp_launches SET noted_at = noted_at - 3600").rowcount
+    assert changed >= 1
+    again = world.start("lost")
+    again.wait_until(
+        lambda run: first not in [pod.metadata.uid for pod in run.pods()], "the first one is gone"
+    )
+    assert again.finish() == "success", again.log()
+    assert again.has_left_nothing()

@@ -8,15 +8,19 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from airflow_mlpipelines.definition.graph import EnvironmentSpec, RegistrySpec
+from airflow_mlpipelines.exceptions import StepFailedError
 from tests.integration.docker.cli import docker_cli
 from tests.integration.docker.registry import PASSWORD, USER, docker_config, registry
+from tests.integration.kubernetes.steps import wait_until
 from tests.integration.kubernetes.test_kubernetes_launcher import PodStep, step
 
 if TYPE_CHECKING:
@@ -114,6 +118,56 @@ def test_a_pod_is_pulled_by_the_digest_that_its_tag_had_when_the_run_was_planned
     prepared = launcher.prepare_environment(environment, planned, emit=print)
     lines = step.run("sh", "-c", "echo $TURN", launcher=launcher, image=prepared.image)
     assert lines == ["planned"]
+
+
+def test_an_image_that_the_registry_has_not_or_not_for_us_is_told_at_once(
+    step: PodStep, registry: Registry, shared: RegistrySpec
+) -> None:
+    there = push_turn(registry, "there")
+    absent = f"{registry.address}/team/no-such-401:1"
+    for image, secrets, told in (
+        (absent, (PULL_SECRET,), "not found"),
+        (there, (), "401 Unauthorized|no basic auth|authorization failed"),
+    ):
+        launcher = step.launcher(image_pull_secrets=secrets)
+        with pytest.raises(StepFailedError, match=f"{image}.*({told}).*image_pull_secrets") as no:
+            step.python("", launcher=launcher, image=image)
+        assert not no.value.retryable
+        assert step.handle.get() is None
+
+
+def test_a_node_pulls_with_the_connection_of_the_registry_for_as_long_as_the_pod_is_there(
+    step: PodStep, registry: Registry, shared: RegistrySpec, cluster: Cluster
+) -> None:
+    image = push_turn(registry, uuid.uuid4().hex)  # no node has it yet
+    environment = EnvironmentSpec(image=image)
+    launcher = step.launcher(registry=shared, helper_image=image)
+    planned = launcher.resolve_environment(environment)
+    prepared = launcher.prepare_environment(environment, planned, emit=print)
+    secrets: list[Any] = []
+
+    def look() -> None:
+        while not secrets:
+            secrets.extend(step.look.secrets())
+            time.sleep(0.05)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    lines = step.run(
+        "sh", "-c", "echo $A", launcher=launcher, image=prepared.image, secrets={"A": "b"}
+    )
+    looking.join(timeout=5)
+    assert lines == ["b"]
+    [secret] = secrets
+    assert secret.type == "kubernetes.io/dockerconfigjson"
+    known = json.loads(base64.b64decode(secret.data[".dockerconfigjson"]))
+    assert list(known["auths"]) == [registry.address]
+    wait_until(lambda: not step.look.secrets(), "the Secret is gone with its pod")
+
+    push_turn(registry, uuid.uuid4().hex)
+    absent = launcher.resolve_environment(environment).image  # by digest: no node has this one
+    with pytest.raises(StepFailedError, match="its name and tag, and the compute's image_conn_id"):
+        step.run("true", launcher=step.launcher(), image=absent)
 
 
 def call(folder: Path, *arguments: str) -> str:

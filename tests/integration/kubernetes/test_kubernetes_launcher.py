@@ -21,7 +21,14 @@ from airflow_mlpipelines.definition.graph import (
 )
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 from airflow_mlpipelines.execution.handles import FileHandle
-from tests.integration.kubernetes.steps import IMAGE, Look, Wire, make_api, wait_until
+from tests.integration.kubernetes.steps import (
+    IMAGE,
+    Look,
+    Wire,
+    make_api,
+    own_namespace,
+    wait_until,
+)
 from tests.unit.compute.launcher_contract import Running, Workbench
 
 if TYPE_CHECKING:
@@ -350,37 +357,15 @@ def test_a_namespace_that_is_not_there_is_named(step: PodStep) -> None:
     assert not failure.value.retryable
 
 
-def test_a_quota_is_told_in_the_clusters_words(step: PodStep) -> None:
-    api = make_api(step.kubeconfig)
-    namespace = f"mlp-test-{uuid.uuid4().hex[:8]}"
-    api.create_namespace({"metadata": {"name": namespace}})
-    try:
-        quota = {"metadata": {"name": "small"}, "spec": {"hard": {"pods": "0"}}}
-        api.create_namespaced_resource_quota(namespace, quota)
-        with pytest.raises(StepFailedError, match=r"quota.*exceeded quota: small") as failure:
-            step.python("", launcher=step.launcher(namespace=namespace))
-        assert failure.value.retryable
-    finally:
-        api.delete_namespace(namespace)
-
-
 def test_a_namespace_that_admits_no_root_says_so(step: PodStep) -> None:
-    api = make_api(step.kubeconfig)
-    namespace = f"mlp-test-{uuid.uuid4().hex[:8]}"
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    api.create_namespace({"metadata": {"name": namespace, "labels": labels}})
-    try:
-        wait_until(
-            lambda: api.list_namespaced_service_account(namespace).items, "its account is there"
-        )
+    restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
+    with own_namespace(step.kubeconfig, **restricted) as namespace:
         with pytest.raises(StepFailedError, match=r"PodSecurity") as failure:
             step.python(
                 "", launcher=step.launcher(namespace=namespace, security_context={"runAsUser": 0})
             )
         assert not failure.value.retryable
         assert step.python("print(1)", launcher=step.launcher(namespace=namespace)) == ["1"]
-    finally:
-        api.delete_namespace(namespace)
 
 
 def test_an_expired_token_is_told(step: PodStep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,16 +399,6 @@ def test_a_step_whose_pods_are_lost_time_and_again_fails_without_blame(step: Pod
         running.wait()
     assert failure.value.retryable
     assert step.handle.get() is None
-
-
-def test_a_pod_that_fills_the_disk_is_told(step: PodStep) -> None:
-    launcher = step.launcher(ephemeral_storage=8 * MEBIBYTE)
-    with pytest.raises(StepFailedError, match="ephemeral_storage") as failure:
-        step.python(
-            "import time; open('/mlp/outputs/model', 'wb').write(bytes(600 << 20)); time.sleep(60)",
-            launcher=launcher,
-        )
-    assert not failure.value.retryable
 
 
 # ---- one pod for each step run ------------------------------------------------------------------

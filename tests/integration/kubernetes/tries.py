@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from airflow_mlpipelines.definition.graph import PipelineGraph
+
 MAKE = """
 import os, uuid
 word = uuid.uuid4().hex
@@ -120,14 +122,29 @@ class TriedStep:
         return self._stores.default.read_bytes(path).decode()
 
     def words(self) -> set[str]:
-        return {line.rpartition("the word is ")[2] for line in self.lines if "word is" in line}
+        """Return the words that the workers of this process have told."""
+        return _find_words(self.lines)
+
+    def logged_words(self) -> set[str]:
+        """Return the words that the pods which are there, and were not told to go, have made up."""
+        api = self.look.api
+        lines: list[str] = []
+        for pod in self.look.pods():
+            if pod.metadata.deletion_timestamp is None:
+                name = pod.metadata.name
+                log = api.read_namespaced_pod_log(
+                    name, self.namespace, container="step", _preload_content=False
+                )
+                lines += log.data.decode().splitlines()
+        return _find_words(lines)
 
     @property
     def _stores(self) -> StoreSet:
         store = open_store("store", (self.folder / "data").as_uri())
         return StoreSet([store], default="store")
 
-    def runner(self, try_number: int, *, detach: bool = False) -> StepRunner:
+    def graph(self) -> PipelineGraph:
+        """Return the pipeline that consists of this step."""
         gang = DistributedSpec(framework="pytorch", nodes=self.nodes) if self.nodes > 1 else None
         step = make_step(
             "train",
@@ -138,16 +155,19 @@ class TriedStep:
         )
         fields = {"namespace": self.namespace, "image": IMAGE, "in_cluster": False, **self.compute}
         compute = KubernetesComputeSpec(name=COMPUTE, defer_after_seconds=1, **fields)
-        launcher = KubernetesLauncher(compute)
-        graph = make_graph(
+        return make_graph(
             step,
             computes={COMPUTE: compute},
             datastores={"store": DatastoreSpec(name="store", url=(self.folder / "data").as_uri())},
         )
+
+    def runner(self, try_number: int, *, detach: bool = False) -> StepRunner:
+        graph = self.graph()
+        launcher = KubernetesLauncher(graph.computes[COMPUTE])
         decision = StepDecision(Decision.RUN, "never ran before", miss=MissReason.NEVER_RUN)
         digest = launcher.resolve_environment(None).digest
         return StepRunner(
-            step,
+            graph.steps[0],
             graph,
             identity=self.identity(try_number),
             plan=RunPlan({"train": decision}, environments={"train": digest}),
@@ -159,9 +179,14 @@ class TriedStep:
                 handle=self.handle,
                 emit=self.lines.append,
                 blobs=BlobCache(self.folder / "blobs"),
+                secrets={"PASSWORD": "canary"},
                 may_detach=detach,
             ),
         )
+
+
+def _find_words(lines: list[str]) -> set[str]:
+    return {line.rpartition("the word is ")[2] for line in lines if "the word is" in line}
 
 
 def _hang(marker: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from airflow_mlpipelines.caching.fingerprint import step_fingerprint
 from airflow_mlpipelines.definition.graph import (
+    DistributedSpec,
     ExternalDataSpec,
     InputPart,
     InputSpec,
@@ -61,6 +62,20 @@ def test_the_fingerprint_is_that_of_the_releases_before():
     assert (
         fingerprint().digest == "45c5d96a31b07aa5b7689b4e4760bd6bcc76d1235f0c4688cc7969f82ea80054"
     )
+
+
+def test_a_distribution_without_a_chief_counts_as_it_did_before_there_was_one():
+    spec = DistributedSpec(framework="tensorflow", nodes=2, parameter_servers=1)
+    plain = fingerprint(changed_step(distributed=spec))
+    chief = fingerprint(changed_step(distributed=spec.model_copy(update={"chief": True})))
+
+    assert plain.ingredients["step"]["distributed"] == {
+        "framework": "tensorflow",
+        "nodes": 2,
+        "processes_per_node": 1,
+        "parameter_servers": 1,
+    }
+    assert chief.digest != plain.digest
 
 
 def test_the_ingredients_are_kept_whole_and_survive_json():

@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+import pytest
+
 from airflow_mlpipelines.compiler.params import make_param_schemas
 from airflow_mlpipelines.compiler.tasks import plan_tasks, pool_name
-from airflow_mlpipelines.definition.graph import LocalComputeSpec, ParameterSpec
+from airflow_mlpipelines.definition.graph import (
+    DistributedSpec,
+    DockerComputeSpec,
+    KubernetesComputeSpec,
+    LocalComputeSpec,
+    ParameterSpec,
+)
 from tests.helpers import make_graph, make_step
 
 
@@ -46,6 +54,23 @@ def test_max_nodes_of_a_compute_become_a_pool():
     )
 
     assert plan_tasks(graph)[1].arguments["pool"] == pool_name("local") == "mlpipelines_local"
+
+
+@pytest.mark.parametrize(
+    ("compute", "slots"),
+    [
+        (KubernetesComputeSpec(name="it", image="x", max_nodes=4), 3),
+        (DockerComputeSpec(name="it", image="x", max_nodes=4), None),
+    ],
+    ids=["kubernetes", "docker"],
+)
+def test_a_step_on_several_nodes_takes_as_many_slots_where_each_is_a_node_of_its_own(
+    compute, slots
+):
+    gang = DistributedSpec(framework="pytorch", nodes=3)
+    graph = make_graph(make_step("a", compute="it", distributed=gang), computes={"it": compute})
+
+    assert plan_tasks(graph)[1].arguments.get("pool_slots") == slots
 
 
 def test_a_pipeline_without_steps_still_finishes():

@@ -27,7 +27,7 @@ from airflow_mlpipelines.definition.graph import (
 from airflow_mlpipelines.exceptions import StepFailedError
 from airflow_mlpipelines.execution.handles import FileHandle
 from airflow_mlpipelines.execution.identity import TaskIdentity
-from airflow_mlpipelines.execution.program import StepProgram
+from airflow_mlpipelines.execution.program import StepProgram, release
 from airflow_mlpipelines.execution.step import Services
 from airflow_mlpipelines.runtime.metrics import read_metrics
 from airflow_mlpipelines.storage.blobs import BlobCache
@@ -130,23 +130,26 @@ class StepBench:
         compute = self.launcher._compute.model_copy(update={"name": "local"})
         graph = make_graph(step, datastores=self.specs, computes={"local": compute})
         decision = StepDecision(Decision.RUN, "it is a test", miss=MissReason.NOT_CACHEABLE)
+        services = Services(
+            index=MetadataIndex(f"sqlite:///{self._root}/metadata.db"),
+            stores=self.stores,
+            launcher=self.launcher,
+            handle=self.handle,
+            emit=self.lines.append,
+            blobs=BlobCache(self._root / "blobs"),
+        )
         made = StepProgram(
             step,
             graph,
             identity=self.identity,
             plan=RunPlan({"train": decision}, environments={"train": ""}),
             inputs={"table": self.table},
-            services=Services(
-                index=MetadataIndex(f"sqlite:///{self._root}/metadata.db"),
-                stores=self.stores,
-                launcher=self.launcher,
-                handle=self.handle,
-                emit=self.lines.append,
-                blobs=BlobCache(self._root / "blobs"),
-            ),
+            services=services,
         )
         with ExitStack() as held:
-            return made.run(held)
+            result = made.run(held)
+        release(services, self.identity, compute)  # as a runner does once all is remembered
+        return result
 
     def kept(self) -> dict[str, str]:
         """Return the files that were kept with the run, and what is in them."""

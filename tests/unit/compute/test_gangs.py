@@ -161,6 +161,33 @@ def test_lines_and_ends_of_all_nodes_arrive_in_one_thread():
         assert logs.tails[number][-1] == f"{number} 1999"
 
 
+def test_nodes_that_the_daemon_did_not_end_are_ended_at_the_next_attempt(monkeypatch):
+    over = threading.Event()
+    asked: list[str] = []
+
+    def stop(_compute, step_run_id):
+        asked.append(step_run_id)
+        if len(asked) == 1:
+            raise ComputeUnavailableError("the daemon is away")
+        over.set()
+
+    def chatters(emit):
+        while not over.wait(0.01):  # so that there is always news
+            emit("still here")
+        return ContainerEnd({"ExitCode": 137, "OOMKilled": False})
+
+    monkeypatch.setattr(docker_gang, "stop_nodes", stop)
+    monkeypatch.setattr(docker_gang, "_FOLLOW_SECONDS", 0.2)
+    failed = ContainerEnd({"ExitCode": 1, "OOMKilled": False})
+    logs: GangLogs[ContainerEnd] = GangLogs([lambda _emit: failed, chatters], lambda _line: None)
+    run = docker_gang.GangRun(SimpleNamespace(step_run_id="a step run"), SimpleNamespace())
+
+    run._await_all(logs, 2)
+
+    assert asked == ["a step run"] * 2
+    assert set(logs.ends) == {0, 1}
+
+
 def test_what_a_watcher_raises_is_raised_where_the_gang_is_followed():
     def broken(_emit):
         raise OSError("no daemon")

@@ -23,9 +23,9 @@ from airflow_mlpipelines.compute.kubernetes.detaching import (
     judge,
     remember,
 )
-from airflow_mlpipelines.compute.kubernetes.failures import is_hopeless, start_failure
 from airflow_mlpipelines.compute.kubernetes.pod import plan_pod, secret_manifest
 from airflow_mlpipelines.compute.kubernetes.scripts import RECEIVE
+from airflow_mlpipelines.compute.kubernetes.starting import StartErrors, start_failure
 from airflow_mlpipelines.compute.kubernetes.volumes import mount_shared, works_with_stage
 from airflow_mlpipelines.definition.graph import KubernetesComputeSpec, ResourcesSpec
 from airflow_mlpipelines.exceptions import (
@@ -239,8 +239,8 @@ def test_a_missing_claim_is_hopeless_after_a_while_and_named():
         "spec": {"containers": []},
         "status": {"phase": "Pending", "conditions": [condition]},
     }
-    assert not is_hopeless(pod, 1.0)  # somebody may be making it
-    assert is_hopeless(pod, 60.0)
+    assert not StartErrors().is_hopeless(pod, 1.0)  # somebody may be making it
+    assert StartErrors().is_hopeless(pod, 60.0)
     error = start_failure("train", pod, None, KubernetesComputeSpec(name="c", namespace="ml"))  # type: ignore[arg-type]
     assert "namespace 'ml' has no PersistentVolumeClaim 'ml-typo'" in str(error)
     assert isinstance(error, StepFailedError)
@@ -310,9 +310,9 @@ def test_an_agent_that_takes_long_is_waited_for():
         "status": {"initContainerStatuses": [stage], "conditions": [scheduled]},
     }
     hours_later = began + timedelta(hours=3)
-    assert judge(watch, {"p": pod}, hours_later) is None
+    assert judge(watch, {"p": pod}, hours_later, StartErrors()) is None
     stage["state"] = {"terminated": {"exitCode": 0, "finishedAt": began.isoformat()}}
-    assert judge(watch, {"p": pod}, hours_later) is Reason.UNSTARTED
+    assert judge(watch, {"p": pod}, hours_later, StartErrors()) is Reason.UNSTARTED
 
 
 def test_what_the_agent_said_of_a_pod_that_is_gone_is_its_error(tmp_path: Path):

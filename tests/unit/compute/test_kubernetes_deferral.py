@@ -22,6 +22,7 @@ from airflow_mlpipelines.compute.kubernetes.detaching import (
 from airflow_mlpipelines.compute.kubernetes.failures import PodLostError
 from airflow_mlpipelines.compute.kubernetes.logs import StepLog
 from airflow_mlpipelines.compute.kubernetes.relaunch import BUDGET, PodNote
+from airflow_mlpipelines.compute.kubernetes.starting import StartErrors
 from airflow_mlpipelines.compute.log_position import LogEntry, LogPosition
 from airflow_mlpipelines.execution.handles import FileHandle
 
@@ -96,14 +97,13 @@ RUNNING = {"running": {"startedAt": ago(50)}}
         (None, Reason.GONE),
         (make_pod(stage={"terminated": {"exitCode": 1}}), Reason.HOPELESS),
         (make_pod(stage={"waiting": {"reason": "InvalidImageName"}}), Reason.HOPELESS),
-        (make_pod(stage={"waiting": {"reason": "ImagePullBackOff"}}, scheduled=100), None),
-        (make_pod(stage={"waiting": {"reason": "ImagePullBackOff"}}, scheduled=121), Reason.HOPELESS),
+        (make_pod(stage={"waiting": {"reason": "ImagePullBackOff"}}, scheduled=200), None),
     ],
 )  # fmt: skip
 def test_a_pod_without_files_calls_for_a_worker_once_it_is_ready_or_never_will_be(
     pod: Any, reason: Reason | None
 ) -> None:
-    assert judge(replace(WATCH, awaits=Awaited.FILES), {"mlp-1": pod}, NOW) is reason
+    assert judge(replace(WATCH, awaits=Awaited.FILES), {"mlp-1": pod}, NOW, StartErrors()) is reason
 
 
 @pytest.mark.parametrize(
@@ -125,17 +125,29 @@ def test_a_pod_without_files_calls_for_a_worker_once_it_is_ready_or_never_will_b
 def test_a_pod_with_its_files_calls_for_a_worker_at_the_end(
     pod: Any, reason: Reason | None
 ) -> None:
-    assert judge(WATCH, {"mlp-1": pod}, NOW) is reason
+    assert judge(WATCH, {"mlp-1": pod}, NOW, StartErrors()) is reason
+
+
+def test_a_registry_that_is_away_gets_its_time_from_the_first_error_that_a_trigger_sees() -> None:
+    times = iter([0.0, 100.0, 121.0])
+    errors = StartErrors(lambda: next(times))
+    watch = replace(WATCH, awaits=Awaited.FILES, startup_seconds=1e9)
+    pod = make_pod(stage={"waiting": {"reason": "ErrImagePull", "message": "connection reset"}})
+    found = [judge(watch, {"mlp-1": pod}, NOW, errors) for _ in range(3)]
+    assert found == [None, None, Reason.HOPELESS]
 
 
 def test_pods_of_several_call_together_or_at_the_first_that_fails() -> None:
     watch = replace(WATCH, pods={"one": "uid-1", "two": "uid-1"}, logs={})
     ended = make_pod(stage=DONE, step={"terminated": {"exitCode": 0}})
     running = make_pod(stage=DONE, step=RUNNING)
-    assert judge(watch, {"one": ended, "two": running}, NOW) is None
-    assert judge(watch, {"one": ended, "two": ended}, NOW) is Reason.ENDED
-    assert judge(watch, {"one": running, "two": make_pod(phase="Failed")}, NOW) is Reason.OVER
-    assert judge(watch, {"one": running}, NOW) is Reason.GONE
+    assert judge(watch, {"one": ended, "two": running}, NOW, StartErrors()) is None
+    assert judge(watch, {"one": ended, "two": ended}, NOW, StartErrors()) is Reason.ENDED
+    assert (
+        judge(watch, {"one": running, "two": make_pod(phase="Failed")}, NOW, StartErrors())
+        is Reason.OVER
+    )
+    assert judge(watch, {"one": running}, NOW, StartErrors()) is Reason.GONE
 
 
 def test_watch_and_news_are_json_and_come_back_as_they_were() -> None:

@@ -19,6 +19,7 @@ from airflow_mlpipelines import (
     PipelineGraph,
     PipelineParameter,
     PythonScriptStep,
+    PyTorch,
     Resources,
     StepSequence,
 )
@@ -274,6 +275,16 @@ class TestProblems:
 
         assert len(found) == (0 if message is None else 1)
         assert message is None or message in found[0]
+
+    @pytest.mark.parametrize(("nodes", "count"), [(4, 0), (5, 1)])
+    def test_a_step_needs_no_more_nodes_than_its_compute_may_have(self, ws, nodes, count):
+        gang = PyTorch(nodes=nodes)
+        step = command("train", compute_target="gpu-cluster", distributed=gang)
+
+        found = messages(Pipeline(ws, [step]))
+
+        assert len(found) == count
+        assert all("over 5 nodes" in message and "max_nodes 4" in message for message in found)
 
     def test_a_container_needs_an_image(self, ws):
         from airflow_mlpipelines import DockerCompute

@@ -63,6 +63,14 @@ def test_an_environment_comes_back_from_its_directory_and_from_a_run_configurati
         assert found.spec == environment.spec
 
 
+def test_a_chief_which_azure_ml_s_files_have_no_place_for_is_not_dropped_in_silence(
+    tmp_path: Path,
+) -> None:
+    made = RunConfiguration("train.py", distributed=TensorFlow(2, 1, chief=True))
+    with pytest.raises(DefinitionError, match="has no place for it"):
+        made.save(tmp_path, "train")
+
+
 NODES = (1, 2, 3)
 PER_NODE = (1, 4)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from airflow_mlpipelines import settings
 from airflow_mlpipelines.caching.decision import Decision, MissReason, RunPlan, StepDecision
 from airflow_mlpipelines.caching.index import MetadataIndex
 from airflow_mlpipelines.compute.base import (
@@ -18,7 +19,8 @@ from airflow_mlpipelines.compute.base import (
     ResolvedEnvironment,
 )
 from airflow_mlpipelines.definition.graph import DatastoreSpec
-from airflow_mlpipelines.exceptions import ComputeUnavailableError
+from airflow_mlpipelines.exceptions import ComputeUnavailableError, DataError
+from airflow_mlpipelines.execution import program
 from airflow_mlpipelines.execution.handles import FileHandle
 from airflow_mlpipelines.execution.identity import TaskIdentity
 from airflow_mlpipelines.execution.program import StepProgram
@@ -39,14 +41,16 @@ class _Launcher(Launcher):
 
     carries_files = True
 
-    def __init__(self, *, runs: bool, lost: bool = False) -> None:
-        self.runs, self.lost, self.asked = runs, lost, 0
+    def __init__(self, *, runs: bool, lost: bool = False, at_work: str | None = None) -> None:
+        self.runs, self.lost, self.asked, self.at_work = runs, lost, 0, at_work
 
     def resolve_environment(self, environment: Any) -> ResolvedEnvironment:
         return KNOWN
 
     def prepare_environment(self, environment: Any, resolved: Any, *, emit: Any) -> Any:
         self.asked += 1
+        if self.at_work is not None:
+            return resolved
         raise ComputeUnavailableError(AWAY)
 
     def process_paths(self, stage: Stage, environment: ResolvedEnvironment) -> ProcessPaths:
@@ -58,6 +62,9 @@ class _Launcher(Launcher):
         return self.runs
 
     def run(self, launch: Any, *, emit: Any, handle: Any) -> None:
+        if self.at_work is not None:
+            handle.set({"id": 1} if self.at_work == "alive" else None)
+            raise ComputeUnavailableError(AWAY)
         if self.lost:
             raise RelaunchError("its node was taken", pause=0)
         output = Path(launch.stage.outputs["out"])
@@ -116,3 +123,48 @@ def test_a_program_that_was_lost_since_needs_its_environment_again(tmp_path: Pat
     with pytest.raises(ComputeUnavailableError, match=AWAY):
         run(tmp_path, launcher)
     assert launcher.asked == 1
+
+
+class _Here(_Launcher):
+    """A compute whose programs work in the directories of the worker."""
+
+    carries_files = False
+
+
+def left() -> list[str]:
+    work = settings.work_directory()
+    return [path.name for path in work.iterdir()] if work.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("launcher", "stays"),
+    [
+        (_Launcher(runs=False, at_work="alive"), False),
+        (_Launcher(runs=False, at_work="over"), False),
+        (_Here(runs=False, at_work="over"), False),
+        (_Here(runs=False, at_work="alive"), True),
+    ],
+    ids=["alive elsewhere", "over elsewhere", "over here", "alive here"],
+)
+def test_a_compute_that_goes_away_leaves_directories_only_where_a_program_may_be_alive(
+    tmp_path: Path, launcher: Launcher, stays: bool
+) -> None:
+    with pytest.raises(ComputeUnavailableError, match=AWAY):
+        run(tmp_path, launcher)
+    assert bool(left()) is stays
+
+
+def test_an_input_that_can_not_be_had_leaves_no_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(workplace: Any, *_: Any, **__: Any) -> None:
+        workplace.stage.run.mkdir(parents=True)
+        raise DataError("it is gone")
+
+    monkeypatch.setattr(program, "fill_stage", fail)
+    with pytest.raises(DataError):
+        run(tmp_path, _Here(runs=False, at_work="over"))
+    assert left() == []
+    with pytest.raises(DataError):
+        run(tmp_path, _Here(runs=True, at_work="over"))
+    assert len(left()) == 1  # a program is at work there

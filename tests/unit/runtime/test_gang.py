@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,8 +18,9 @@ import psutil
 import pytest
 
 from airflow_mlpipelines.runtime.connection import Connection, LostError
-from airflow_mlpipelines.runtime.rendezvous import free_ports
+from airflow_mlpipelines.runtime.rendezvous import Ports
 from airflow_mlpipelines.runtime.stage import stage_runtime
+from tests.gangs import free_ports
 from tests.parts import missing, require_python
 
 PYTORCH = {"framework": "pytorch", "nodes": 2, "processes_per_node": 2, "parameter_servers": 0}
@@ -62,13 +64,14 @@ def start(
     *,
     python: str = sys.executable,
     program: str | None = None,
+    arguments: list[str] | None = None,
     env: dict[str, str] | None = None,
 ):
     """Start a gang as a step does: with the staged runtime package, in a folder of its own."""
     code = root / "code"
-    code.mkdir()
+    code.mkdir(exist_ok=True)
     (code / "work.py").write_text(textwrap.dedent(script))
-    command = [program or python, "work.py"]
+    command = [program or python, "work.py", *(arguments or [])]
     return subprocess.Popen(
         [python, "-m", "airflow_mlpipelines.runtime.gang", json.dumps(spec), "--", *command],
         env={
@@ -123,6 +126,98 @@ def test_tensorflow_s_processes_are_told_of_the_cluster_and_their_place_in_it(tm
     cluster = configs[0]["cluster"]
     assert all(config["cluster"] == cluster for config in configs)
     assert len({*cluster["worker"], *cluster["ps"]}) == 3
+
+
+def test_a_progress_bar_shows_while_it_lasts_and_output_without_line_ends_comes_in_pieces(
+    tmp_path: Path, python: str
+):
+    script = """
+        import sys, time
+        for percent in range(120):
+            print("\\r%d%%" % percent, end="", flush=True)
+            time.sleep(0.1)
+        print("\\rdone")
+        sys.stdout.write("x" * 200000)
+        sys.stdout.flush()
+        time.sleep(600)
+        """
+    gang = start(tmp_path, {**PYTORCH, "nodes": 1, "processes_per_node": 1}, script, python=python)
+    assert gang.stdout is not None
+    first, last, piece = (gang.stdout.readline() for _ in range(3))
+    gang.terminate()
+    finish(gang)
+
+    assert re.fullmatch(r"\[rank 0\] \d+%\n", first)
+    assert last == "[rank 0] done\n"
+    assert piece == f"[rank 0] {'x' * (64 << 10)}\n"
+    kept = (tmp_path / "code" / "logs" / "std_log_process_0.txt").read_bytes()
+    assert kept.startswith(b"\r0%\r1%")
+    assert b"\rdone\nxxx" in kept
+
+
+def test_a_rank_whose_log_can_t_be_kept_runs_on_and_it_is_said(tmp_path: Path, python: str):
+    script = """
+        for i in range(20000):
+            print("line", i)
+        """
+    spec = {**PYTORCH, "nodes": 1, "processes_per_node": 1}
+    (tmp_path / "code" / "logs" / "std_log_process_0.txt").mkdir(parents=True)
+    code, lines = finish(start(tmp_path, spec, script, python=python))
+
+    assert code == 0
+    assert lines[0] == "logs/std_log_process_0.txt can't be written: Is a directory"
+    assert lines[1:] == [f"[rank 0] line {i}" for i in range(20000)]
+
+
+# As TensorFlow's server.join() does, what serves never returns.
+SERVES = """
+    import json, os, sys, time
+    kind = json.loads(os.environ["TF_CONFIG"])["task"]["type"]
+    print("begun as", kind, flush=True)
+    if kind in sys.argv[1:]:
+        time.sleep(600)
+    time.sleep(1)
+    """
+
+
+@pytest.mark.parametrize(
+    ("chief", "serving", "tasks"),
+    [
+        (False, ["ps"], ["worker 0", "worker 1", "ps 0"]),
+        (True, ["ps", "worker"], ["chief 0", "worker 0", "worker 1", "ps 0"]),
+    ],
+)
+def test_a_cluster_is_done_with_its_workers_or_its_chief_though_others_serve_for_ever(
+    tmp_path: Path, python: str, chief: bool, serving: list[str], tasks: list[str]
+):
+    spec = {
+        "framework": "tensorflow",
+        "nodes": 1,
+        "processes_per_node": 2,
+        "parameter_servers": 1,
+        "chief": chief,
+    }
+    gang = start(tmp_path, spec, SERVES, python=python, arguments=serving)
+    code, lines = finish(gang)
+
+    assert code == 0, lines
+    assert sorted(lines) == [
+        f"[rank {rank}] begun as {task.split()[0]}" for rank, task in enumerate(tasks)
+    ]
+
+
+def test_a_server_that_fails_ends_its_cluster(tmp_path: Path):
+    script = """
+        import json, os, sys, time
+        if json.loads(os.environ["TF_CONFIG"])["task"]["type"] == "ps":
+            sys.exit(5)
+        time.sleep(600)
+        """
+    spec = {"framework": "tensorflow", "nodes": 1, "processes_per_node": 2, "parameter_servers": 1}
+    code, lines = finish(start(tmp_path, spec, script))
+
+    assert code == 5
+    assert lines[0].startswith("rank 2 of 3 ended with exit code 5; the other 2 were ended.")
 
 
 def test_one_rank_dies_and_the_gang_ends_with_its_log_and_its_exit_code(tmp_path: Path):
@@ -202,14 +297,33 @@ def test_an_mpi_rank_that_fails_ends_the_others(tmp_path: Path):
     script = """
         import os, sys, time
         if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1":
+            print("out of data", flush=True)
             sys.exit(3)
         time.sleep(600)
         """
     spec = {"framework": "mpi", "nodes": 1, "processes_per_node": 2, "parameter_servers": 0}
 
-    code, _ = finish(start(tmp_path, spec, script))
+    code, lines = finish(start(tmp_path, spec, script))
 
     assert code == 3
+    told = lines.index(
+        "rank 1 of 2 ended with exit code 3; the others were ended. The end of its log:"
+    )
+    assert lines[told + 1] == "  out of data"
+
+
+def test_ranks_of_mpi_may_use_every_processor(tmp_path: Path):
+    if shutil.which("mpirun") is None:
+        missing("no mpirun")
+    spec = {"framework": "mpi", "nodes": 1, "processes_per_node": 2, "parameter_servers": 0}
+    script = "import os; print('may use', sorted(os.sched_getaffinity(0)))"
+
+    code, lines = finish(start(tmp_path, spec, script))
+
+    # Bound to one each, those of the next step on this machine would be bound to the same ones.
+    own = sorted(os.sched_getaffinity(0))
+    assert code == 0
+    assert {f"[rank {rank}] may use {own}" for rank in range(2)} <= set(lines)
 
 
 def test_without_mpirun_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -333,6 +447,32 @@ def test_who_lacks_the_token_can_neither_join_nor_start_a_command(tmp_path: Path
 
     assert TOKEN.encode() not in said
     assert not (tmp_path / "code" / "stolen").exists()
+
+
+def test_a_port_that_is_taken_is_named_and_not_the_program_blamed(tmp_path: Path):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = {"node": 0, "hosts": ["127.0.0.1", "far"], "port": port, "wait_seconds": 5}
+        more = {"MLP_GANG": json.dumps(told), "MLP_GANG_TOKEN": TOKEN}
+        code, lines = finish(start(tmp_path, NODES, BEGIN, env=more))
+
+    assert code == 1
+    why = f"port {port} can't be listened on: Address already in use"
+    assert lines[-1] == f"this node can't take part: {why}"
+
+
+def test_ports_of_ranks_are_nobody_else_s_until_they_listen():
+    with Ports(2) as ports:
+        first, second = ports.numbers
+        assert first != second
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", first))
+        # As PyTorch's store and TensorFlow's servers do.
+        place = ("127.0.0.1", first)
+        with socket.create_server(("", first)) as server, socket.create_connection(place):
+            server.accept()[0].close()
+        with socket.create_server(("::", second), family=socket.AF_INET6, dualstack_ipv6=True):
+            pass
 
 
 def test_a_command_on_a_node_is_handed_back_what_it_prints_and_its_exit_code(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -278,3 +279,23 @@ def test_the_limit_is_a_tenth_of_the_disk_and_at_most_50_gib(tmp_path):
     limit = BlobCache(tmp_path / "blobs").limit
 
     assert limit == min(50 << 30, disk.f_frsize * disk.f_blocks // 10)
+
+
+@pytest.mark.parametrize("when", ["open", "flock"])
+def test_a_room_may_be_thrown_away_while_another_process_comes_for_it(blobs, monkeypatch, when):
+    module = {"open": os, "flock": fcntl}[when]
+    real, thrown_away = getattr(module, when), []
+
+    def call(*args):
+        rooms = list(blobs._directory.glob("incoming/part-*"))
+        if rooms and not thrown_away:  # as a process that needs the space does at that very moment
+            thrown_away.append(rooms[0])
+            rooms[0].rmdir()
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, when, call)
+        with blobs._room("the same") as room:
+            (room / "blob").write_text("1")
+
+    assert thrown_away == [room]

@@ -8,11 +8,13 @@ import threading
 import pytest
 
 from airflow_mlpipelines.exceptions import DataError
-from airflow_mlpipelines.storage import copying
+from airflow_mlpipelines.storage import copying, progress
 from airflow_mlpipelines.storage.blobs import BlobCache
 from airflow_mlpipelines.storage.copying import Transfer
 from airflow_mlpipelines.storage.ends import open_end
 from airflow_mlpipelines.storage.journal import Journal
+from airflow_mlpipelines.storage.progress import Progress
+from airflow_mlpipelines.storage.sending import Sender
 from airflow_mlpipelines.storage.stores import open_store
 from airflow_mlpipelines.storage.transfer import pin_external
 from airflow_mlpipelines.storage.trees import digest_tree
@@ -71,17 +73,16 @@ class Job:
 
 def watch_sending(monkeypatch, tell):
     """Tell the name of each file before it is sent."""
-    stream, copy = Transfer._stream, Transfer._copy
 
     def watch(real):
-        def send(transfer, file, *rest):
+        def send(sender, file, *rest):
             tell(file.path)
-            return real(transfer, file, *rest)
+            return real(sender, file, *rest)
 
         return send
 
-    monkeypatch.setattr(Transfer, "_stream", watch(stream))
-    monkeypatch.setattr(Transfer, "_copy", watch(copy))
+    for way in ("_stream", "_copy"):
+        monkeypatch.setattr(Sender, way, watch(getattr(Sender, way)))
 
 
 KINDS = [(a, b) for a in ("file", "memory") for b in ("file", "memory")]
@@ -138,7 +139,7 @@ def test_what_others_have_changed_there_is_sent_again(job, monkeypatch):
 
 
 def test_a_transfer_that_broke_off_goes_on_where_it_was(job, monkeypatch):
-    monkeypatch.setattr(copying, "_FILES_AT_ONCE", 1)
+    monkeypatch.setattr(copying, "THREADS", 1)
 
     def fail(name):
         if name == "sub/b.txt":
@@ -162,7 +163,7 @@ def test_a_transfer_that_broke_off_goes_on_where_it_was(job, monkeypatch):
 @pytest.mark.parametrize("kinds", [("file", "memory"), ("memory", "file"), ("file", "file")])
 def test_a_file_that_breaks_off_in_the_middle_is_not_there(tmp_path, kinds, monkeypatch):
     job = Job(tmp_path, kinds, {"large": b"x" * (20 << 20)})
-    monkeypatch.setattr(copying._Progress, "add", lambda *_, size=0, files=0: job.stop.set())
+    monkeypatch.setattr(Progress, "add", lambda *_, size=0, files=0: job.stop.set())
 
     with pytest.raises(DataError, match="was stopped"):
         job.run()
@@ -175,16 +176,18 @@ def test_a_source_that_is_not_what_the_run_found_is_an_error(job):
         artifact = pin_external(job.source, "raw", how=pin)
         put(job.source, "raw/a.txt", b"HELLO" if pin == "content" else b"Hello")
 
-        with pytest.raises(DataError, match="was changed after this run had looked it up"):
+        with pytest.raises(DataError, match="was changed after this run had looked it up") as no:
             job.run(artifact=artifact)
+        assert no.value.retryable == (pin == "content")
 
 
 def test_files_that_the_source_lacks_are_deleted_only_if_asked_for(job, monkeypatch):
     put(job.target, "copy/mine.txt", b"mine")
     sent = job.count_sent(monkeypatch)
 
-    with pytest.raises(DataError, match=r"1 files that the source lacks, such as 'mine.txt'"):
+    with pytest.raises(DataError, match=r"1 files that the source lacks, such as 'mine.txt'") as no:
         job.run()
+    assert not no.value.retryable
     assert sent == []
     assert job.there() == {"mine.txt": b"mine"}
 
@@ -195,8 +198,9 @@ def test_files_that_the_source_lacks_are_deleted_only_if_asked_for(job, monkeypa
 def test_a_directory_does_not_go_where_a_file_is(job):
     put(job.target, "copy", b"a file")
 
-    with pytest.raises(DataError, match="is a file already, and the source is a directory"):
+    with pytest.raises(DataError, match="is a file already, and the source is a directory") as no:
         job.run()
+    assert not no.value.retryable
 
 
 def test_links_and_empty_directories_go_to_directories_and_nowhere_else(tmp_path):
@@ -209,12 +213,13 @@ def test_links_and_empty_directories_go_to_directories_and_nowhere_else(tmp_path
     done = jobs["file"].run()
     assert done.digest == digest_tree(jobs["file"].target.local_path("copy")).digest
     assert done.files == 5
-    with pytest.raises(DataError, match="the symbolic link 'link', which datastore 'to'"):
+    with pytest.raises(DataError, match="the symbolic link 'link', which datastore 'to'") as no:
         jobs["memory"].run()
+    assert not no.value.retryable
 
 
 def test_it_says_how_far_it_is(job, monkeypatch):
-    monkeypatch.setattr(copying, "_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_REPORT_SECONDS", 0.0)
 
     job.run()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -146,6 +147,18 @@ class TestPinning:
 
         assert (before.files, after.files, after.kind) == (1, 2, "dir")
         assert before.digest != after.digest
+
+    def test_files_of_one_time_and_one_size_have_versions_of_their_own(self, tmp_path):
+        store = open_store("store", f"file://{tmp_path}")
+        for name in ("a", "b", "one/x", "two/x"):
+            store.write_bytes(name, b"1")
+            os.utime(tmp_path / name, (10**9, 10**9))
+
+        versions = {
+            pin_external(store, name, how="version").digest for name in ("a", "b", "one", "two")
+        }
+
+        assert len(versions) == 4
 
     def test_the_store_s_version_may_stand_for_the_content(self, stores):
         stores.default.write_bytes("raw.csv", b"1")

@@ -11,6 +11,7 @@ import pytest
 
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.storage.stores import open_store
+from airflow_mlpipelines.storage.upload_notes import UploadNote
 from airflow_mlpipelines.storage.uploads import upload_files
 
 HALF = 100_000
@@ -108,6 +109,73 @@ def test_a_second_try_finds_what_the_first_has_sent_and_sends_only_the_rest(
     make(source, more=b"1")
     assert upload_files(store, "place", source, overwrite=False, step_run="r").files == 3
     assert store.read_bytes("place/more") == b"1"
+
+
+@pytest.fixture
+def broken_off(request, tmp_path, kind, monkeypatch):
+    """A store to which a first try has sent three of five files, and what makes the notes of a sender."""
+    store = request.getfixturevalue(kind)
+    notes = open_store("home", (tmp_path / "home").as_uri())
+
+    def note(sender="dag/run/task[-1]"):
+        return UploadNote(notes, sender, store.uri("place"))
+
+    sent = threading.BoundedSemaphore(3)
+    module, name = (shutil, "copyfile") if kind == "local" else (store.filesystem, "put_file")
+    real = getattr(module, name)
+
+    def send(*words):
+        if not sent.acquire(blocking=False):
+            raise OSError("unplugged")
+        return real(*words)
+
+    source = make(tmp_path / "first", **{name: b"first " + name.encode() for name in "abcde"})
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, send)
+        with pytest.raises(DataError, match="unplugged"):
+            upload_files(store, "place", source, overwrite=False, step_run="r", note=note())
+    return store, note
+
+
+def names(store):
+    return [
+        name
+        for name in "abcde"
+        if store.exists(f"place/{name}") and store.read_bytes(f"place/{name}")
+    ]
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_a_try_that_makes_other_files_replaces_what_an_earlier_one_has_sent(broken_off, tmp_path):
+    store, note = broken_off
+    there = names(store)
+    assert len(there) == 3
+    second = make(tmp_path / "second", **{name: b"second " + name.encode() for name in "abcde"})
+
+    with pytest.raises(DataError, match="already, with other content"):  # of another run
+        upload_files(
+            store, "place", second, overwrite=False, step_run="r", note=note("dag/other/task[-1]")
+        )
+    assert all(store.read_bytes(f"place/{name}").startswith(b"first") for name in there)
+    upload_files(store, "place", second, overwrite=False, step_run="r", note=note())
+
+    assert [store.read_bytes(f"place/{name}") for name in "abcde"] == [
+        b"second " + name.encode() for name in "abcde"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_what_somebody_has_put_there_since_is_his(broken_off, tmp_path):
+    store, note = broken_off
+    taken = names(store)[0]
+    store.write_bytes(f"place/{taken}", b"theirs!")
+    second = make(tmp_path / "second", **{name: b"second " + name.encode() for name in "abcde"})
+
+    with pytest.raises(DataError, match=rf"holds \['{taken}'\] already") as caught:
+        upload_files(store, "place", second, overwrite=False, step_run="r", note=note())
+
+    assert not caught.value.retryable
+    assert store.read_bytes(f"place/{taken}") == b"theirs!"
 
 
 @pytest.mark.parametrize("kind", ["local", "remote"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from airflow_mlpipelines.compute.log_lines import LONGEST_LINE, LineFolder
+from airflow_mlpipelines.runtime.log_lines import LONGEST_LINE, LineFolder
 
 
 class Clock:
