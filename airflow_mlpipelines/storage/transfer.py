@@ -77,6 +77,10 @@ def pin_external(
 # ---- outputs -----------------------------------------------------------------------------------
 
 
+_NOTES_SUFFIX = ".mlp-sent"
+"""Ends the name of the note of what was sent of an output, beside it: a try that goes on does not send that again."""
+
+
 def commit_output(
     store: Store,
     path: str,
@@ -135,7 +139,9 @@ def _send(store: Store, path: str, source: Path) -> TreeDigest:
     """Send a file or a directory to a remote store; return what it is."""
     kind: Literal["dir", "file"] = "dir" if source.is_dir() else "file"
     files = _list_members(source) if kind == "dir" else {"": source}
-    digests = upload(store, path, files)
+    notes = source.with_name(f".{source.name}{_NOTES_SUFFIX}")
+    digests = upload(store, path, files, notes=notes)
+    notes.unlink(missing_ok=True)
     size = sum(file.stat().st_size for file in files.values())
     return TreeDigest(combine_files(digests), size, len(files), kind)
 

@@ -11,18 +11,20 @@ import mimetypes
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from airflow_mlpipelines.exceptions import DataError, StoreError
-from airflow_mlpipelines.storage.listing import list_remote
+from airflow_mlpipelines.storage.listing import RemoteFile, list_remote
+from airflow_mlpipelines.storage.part_targets import AzureParts
 from airflow_mlpipelines.storage.parts import (
     PART,
     THREADS,
     Memory,
     OrderedDigest,
     Part,
+    PartsJournal,
     StoppedError,
     carry_all,
     cut,
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from airflow_mlpipelines.storage.listing import RemoteFile
     from airflow_mlpipelines.storage.stores import Store
 
 
@@ -47,7 +48,12 @@ class _Sent(NamedTuple):
 
 
 def upload(
-    store: Store, path: str, files: Mapping[str, Path], *, alone: bool = True
+    store: Store,
+    path: str,
+    files: Mapping[str, Path],
+    *,
+    alone: bool = True,
+    notes: Path | None = None,
 ) -> dict[str, bytes]:
     """Return the 32 bytes of each file's digest, once all of them are at ``path``.
 
@@ -58,6 +64,8 @@ def upload(
         alone: Whether the place is its caller's alone. Files there that are none of these, which an earlier try has
             left, are deleted then, and unfinished objects are gone on with. Elsewhere they may be somebody else's,
             who is at it: a large file that broke off is sent anew.
+        notes: Where it is noted which files have been sent, and with which bytes, to a store that tells no MD5: what
+            is there then, and noted, is not sent again. Only a place that is its caller's alone is trusted so.
 
     Raises:
         DataError: A file can't be sent, changes meanwhile, or did not arrive.
@@ -66,7 +74,12 @@ def upload(
         present = {file.path: file for file in list_remote(store, path)[0]}
         for name in sorted(present.keys() - files.keys()) if alone else ():
             store.filesystem.rm_file(store.remote_path(_join(path, name)))
-        digests = _Upload(store, path, present, alone=alone).run(files)
+        with ExitStack() as opened:
+            sent = None
+            if notes is not None and alone and store.protocol.name != "S3":
+                with suppress(OSError):  # then all is sent again after a break
+                    sent = opened.enter_context(PartsJournal(notes))
+            digests = _Upload(store, path, present, alone=alone, sent=sent).run(files)
     arrived = {file.path: file.size for file in list_remote(store, path)[0]}
     lost = sorted(name for name, file in files.items() if arrived.get(name) != file.stat().st_size)
     if lost or (alone and len(arrived) != len(files)):
@@ -92,9 +105,16 @@ def has_content(known: RemoteFile, file: Path) -> bool:
 
 class _Upload:
     def __init__(
-        self, store: Store, path: str, present: Mapping[str, RemoteFile], *, alone: bool
+        self,
+        store: Store,
+        path: str,
+        present: Mapping[str, RemoteFile],
+        *,
+        alone: bool,
+        sent: PartsJournal | None,
     ) -> None:
         self._store = store
+        self._sent = sent
         self._path = path
         self._present = present
         self._alone = alone
@@ -126,7 +146,7 @@ class _Upload:
     ) -> Iterator[Callable[[], None]]:
         for name, file in files.items():
             if not self._in_parts:
-                yield partial(self._send_whole, name, file)
+                yield from self._send_elsewhere(name, file, memory)
                 continue
             remote = self._store.remote_path(_join(self._path, name))
             size = file.stat().st_size
@@ -144,10 +164,56 @@ class _Upload:
             for part in parts:
                 yield memory.lend(part.size, partial(self._send_part, name, sending, part))
 
+    def _send_elsewhere(
+        self, name: str, file: Path, memory: Memory
+    ) -> Iterator[Callable[[], None]]:
+        """Send a file to another store than S3: as its driver does it, or a large one in Azure's blocks."""
+        parts = cut(file.stat().st_size, part_size(file.stat().st_size))
+        if self._store.protocol.name != "Azure Blob Storage" or len(parts) == 1:
+            yield partial(self._send_whole, name, file)
+            return
+        digest = self._find_sent(name, file)
+        if digest is not None:
+            self._digests[name] = digest
+            return
+        remote = self._store.remote_path(_join(self._path, name))
+        blob = AzureParts(self._store, remote, RemoteFile(name, file.stat().st_size, None), parts)
+        blob.begin(None)
+        before, digests = _version(file), OrderedDigest(self._stop)
+
+        def send(part: Part) -> None:
+            data = _read_local(file, part)
+            blob.write(part, data)
+            if digests.add(part.number, data) == len(parts):
+                _check_unchanged(file, before)
+                blob.finish()
+                self._note_sent(name, file, digests.digest())
+
+        for part in parts:
+            yield memory.lend(part.size, partial(send, part))
+
     def _send_whole(self, name: str, file: Path) -> None:
+        if (digest := self._find_sent(name, file)) is not None:
+            self._digests[name] = digest
+            return
         digest = digest_file(os.fsencode(file))
         with self._store.publish(_join(self._path, name)) as place:
             self._store.filesystem.put_file(str(file), place)
+        self._note_sent(name, file, digest)
+
+    def _find_sent(self, name: str, file: Path) -> bytes | None:
+        """Return the digest of a file that is there, and of which it is noted that these bytes were sent."""
+        known, size = self._present.get(name), file.stat().st_size
+        if self._sent is None or not self._sent.holds_parts or known is None or known.size != size:
+            return None
+        digest = digest_file(os.fsencode(file))
+        noted = self._sent.has(RemoteFile(name, size, digest.hex()), Part(0, 0, size))
+        return digest if noted else None
+
+    def _note_sent(self, name: str, file: Path, digest: bytes) -> None:
+        size = file.stat().st_size
+        if self._sent is not None:
+            self._sent.note(RemoteFile(name, size, digest.hex()), Part(0, 0, size))
         self._digests[name] = digest
 
     def _send_small(self, name: str, file: Path, remote: str) -> None:
@@ -250,10 +316,7 @@ class _LargeFile:
         self._etags[part.number + 1] = etag
         if self._digest.add(part.number, data) < len(self._parts):
             return None
-        if _version(self.file) != self._before:
-            raise DataError(
-                f"{str(self.file)!r} changes while it is read. Whoever writes it has to end first."
-            )
+        _check_unchanged(self.file, self._before)
         parts = [{"PartNumber": n, "ETag": etag} for n, etag in sorted(self._etags.items())]
         self._call(
             "complete_multipart_upload",
@@ -306,6 +369,13 @@ def _read_local(file: Path, part: Part) -> bytes:
             f"{str(file)!r} changes while it is read. Whoever writes it has to end first."
         )
     return data
+
+
+def _check_unchanged(file: Path, before: tuple[int, int, int]) -> None:
+    if _version(file) != before:
+        raise DataError(
+            f"{str(file)!r} changes while it is read. Whoever writes it has to end first."
+        )
 
 
 def _version(file: Path) -> tuple[int, int, int]:

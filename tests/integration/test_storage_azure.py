@@ -34,6 +34,7 @@ from tests.integration.azurite_server import ACCOUNT, KEY, connection_string, ru
 from tests.integration.breaking_proxy import BreakingProxy
 from tests.integration.test_broken_moves import WORK
 from tests.integration.test_broken_moves import transfer as move
+from tests.integration.test_broken_transfers import kill_in_the_middle
 
 pytestmark = pytest.mark.azure
 
@@ -214,3 +215,21 @@ def test_a_large_file_goes_on_after_its_worker_was_killed(connect, store, port, 
     assert done.digest == digest
     copy = store if way == "up" else open_store("local", local[0])
     assert pin_external(copy, "copy").digest == digest
+
+
+def test_an_output_goes_on_after_its_worker_was_killed(connect, store, port, tmp_path):
+    made = tmp_path / "model.bin"
+    made.write_bytes(os.urandom(LARGE))
+    with BreakingProxy(port) as proxy:
+        lake = connect(through=proxy.port)
+        place = (lake.url, {"connection_string": connection_string(proxy.port)})
+        came = kill_in_the_middle(proxy, place, tmp_path, way="up", after=BREAK, source=made)
+        assert not store.exists("run/out")
+
+        artifact = commit_output(lake, "run/out", made, step_run="r")
+
+        assert proxy.up < LARGE - came + THREADS * PART + SLACK < LARGE
+        assert pin_external(store, "run/out").digest == artifact.digest == digest_tree(made).digest
+        proxy.heal()
+        assert commit_output(lake, "run/other", made, step_run="r").digest == artifact.digest
+        assert proxy.up > LARGE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 
 import pytest
 
@@ -113,6 +114,33 @@ def test_data_that_a_step_opens_by_itself_are_read_to_plan_and_kept_nowhere(
     assert pinned.digest == digest_tree(file).digest
     assert not list((tmp_path / "b").rglob("*/blob"))
     assert pin_external(store, "raw.bin").digest == pinned.digest
+
+
+def test_files_of_an_output_that_are_there_are_not_sent_again_after_a_break(
+    store, server, tmp_path
+):
+    (tmp_path / "made").mkdir()
+    names = [f"{number:02d}.txt" for number in range(30)]
+    for name in names:
+        (tmp_path / "made" / name).write_text(f"hello {name}")
+    there = server.root / tmp_path.name / "run/out"
+    in_the_way = there / names[-1] / "a directory where a file shall be"
+    in_the_way.mkdir(parents=True)
+    in_the_way.joinpath("full").write_text("x")
+    os.chmod(there, 0o755)
+    with pytest.raises(DataError, match="datastore 'ftp'"):
+        commit_output(store, "run/out", tmp_path / "made", step_run="r")
+    shutil.rmtree(there / names[-1])
+    sent = {file.name: file.stat().st_ino for file in there.glob("*.txt")}
+    assert len(sent) > 10
+    (tmp_path / "made" / "03.txt").write_text("HELLO 03.txt")  # as long: the program has run again
+
+    artifact = commit_output(store, "run/out", tmp_path / "made", step_run="r")
+
+    again = {file.name: file.stat().st_ino for file in there.glob("*.txt")}
+    assert {name for name in sent if again[name] != sent[name]} == {"03.txt"}
+    assert digest_tree(there).digest == artifact.digest == digest_tree(tmp_path / "made").digest
+    assert [file.name for file in tmp_path.iterdir() if "sent" in file.name] == []
 
 
 def test_files_that_a_first_try_has_uploaded_are_no_conflict_and_others_are(store, tmp_path):
