@@ -55,6 +55,15 @@ def get_provider_info() -> dict[str, Any]:
                         "example": "200G",
                         "default": "",
                     },
+                    "python_downloads": {
+                        "description": "Whether uv may download the Python that an environment wants, where a "
+                        "worker has none of that version: from where ``UV_PYTHON_INSTALL_MIRROR`` says, by "
+                        "default from GitHub, into where ``UV_PYTHON_INSTALL_DIR`` says.",
+                        "version_added": "0.1.0",
+                        "type": "boolean",
+                        "example": None,
+                        "default": "False",
+                    },
                     "xcom_threshold_bytes": {
                         "description": "A value whose JSON is larger than this many bytes is kept in "
                         "the default datastore, and its XCom holds a reference.",

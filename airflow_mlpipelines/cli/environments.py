@@ -6,62 +6,48 @@ import os
 import socket
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airflow_mlpipelines.cli.options import FileArgument, JsonOption, PipelineOption
+from airflow_mlpipelines.cli.environment_uses import EnvironmentUse, choose, load_uses
+from airflow_mlpipelines.cli.options import JsonOption, PipelineOption
 
 if TYPE_CHECKING:
     from airflow_mlpipelines.compute.base import BuildGuard, Launcher, ResolvedEnvironment
     from airflow_mlpipelines.compute.built_images import ImageDefinition
-    from airflow_mlpipelines.definition.graph import (
-        ComputeSpec,
-        EnvironmentSpec,
-        PipelineGraph,
-    )
 
 environment_app = typer.Typer(
-    no_args_is_help=True, help="Look at the environments of a pipeline, build and export them."
+    no_args_is_help=True,
+    help="Look at the environments of a pipeline or a workspace, build and export them.",
 )
 ChoiceOption = Annotated[
     str | None,
     typer.Option("--environment", "-e", help="Only this one: its name, or that of a step on it."),
 ]
+WhereArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="A Python file that makes a pipeline; or a workspace file, or a directory with one."
+    ),
+]
+ComputeOption = Annotated[
+    str | None,
+    typer.Option("--compute", help="On this compute; for a workspace, its default one."),
+]
 _SHOWN_DIGEST = 24
-
-
-@dataclass(frozen=True)
-class EnvironmentUse:
-    """One environment on one compute.
-
-    Attributes:
-        title: Its name; where it has none, what it is.
-        spec: Its definition; None for what a compute has by itself.
-        steps: The names of the steps on it.
-    """
-
-    title: str
-    spec: EnvironmentSpec | None
-    compute: ComputeSpec
-    steps: tuple[str, ...]
-
-    @property
-    def is_built(self) -> bool:
-        """Whether it is made from packages, rather than there as it is."""
-        if self.spec is None:
-            return False
-        return self.spec.has_packages if self.compute.type == "local" else self.spec.needs_build
 
 
 @environment_app.command("ls")
 def list_environments(
-    file: FileArgument, pipeline: PipelineOption = None, as_json: JsonOption = False
+    file: WhereArgument = Path(),
+    pipeline: PipelineOption = None,
+    compute: ComputeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """List a pipeline's environments: what each is on its compute, and whether it is there."""
-    found = [_look_at(use) for use in _load_uses(file, pipeline)]
+    """List the environments of a pipeline or a workspace: what each is on its compute, and whether it is there."""
+    found = [_look_at(use) for use in load_uses(file, pipeline=pipeline, compute=compute)]
     if as_json:
         _print_json(found)
         return
@@ -84,13 +70,17 @@ def list_environments(
 
 @environment_app.command("show")
 def show_environment(
-    file: FileArgument,
+    file: WhereArgument = Path(),
     environment: ChoiceOption = None,
     pipeline: PipelineOption = None,
+    compute: ComputeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what environments are made of: packages, bases by digest, Dockerfile."""
-    found = [_look_at(use, whole=True) for use in _choose(_load_uses(file, pipeline), environment)]
+    found = [
+        _look_at(use, whole=True)
+        for use in choose(load_uses(file, pipeline=pipeline, compute=compute), environment)
+    ]
     if as_json:
         _print_json(found)
         return
@@ -110,15 +100,16 @@ def show_environment(
 
 @environment_app.command("build")
 def build_environments(
-    file: FileArgument,
+    file: WhereArgument = Path(),
     environment: ChoiceOption = None,
     pipeline: PipelineOption = None,
+    compute: ComputeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make environments ready now: build them, or pull their images. The log goes to standard error."""
     made: list[dict[str, Any]] = []
     guard = _make_guard()
-    for use in _choose(_load_uses(file, pipeline), environment):
+    for use in choose(load_uses(file, pipeline=pipeline, compute=compute), environment):
         launcher, resolved = _resolve(use)
         launcher.build_guard = guard
         began = time.monotonic()
@@ -154,85 +145,47 @@ def build_environments(
 
 @environment_app.command("export")
 def export_environment(
-    file: FileArgument,
+    file: WhereArgument,
     directory: Annotated[Path, typer.Argument(help="A new or empty directory.")],
     environment: ChoiceOption = None,
     pipeline: PipelineOption = None,
+    compute: ComputeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write what an image is built from into a directory: the Dockerfile and the files that it copies."""
+    """Write what an environment is made from into a directory: a Dockerfile with its files, or a lock."""
     from airflow_mlpipelines._naming import list_options
     from airflow_mlpipelines.exceptions import DefinitionError
 
-    uses = _choose(_load_uses(file, pipeline), environment)
-    defined = [(use, made) for use in uses if (made := _define(use)) is not None]
-    if not defined:
+    uses = choose(load_uses(file, pipeline=pipeline, compute=compute), environment)
+    made = [use for use in uses if use.is_built]
+    if not made:
         raise DefinitionError(
-            f"none of {list_options([use.title for use in uses])} is an image that is built from its definition"
+            f"none of {list_options([use.title for use in uses])} is made from a definition: they are there as they are"
         )
-    if len(defined) > 1:
-        names = [use.title for use, _ in defined]
+    if len(made) > 1:
+        names = [use.title for use in made]
         raise DefinitionError(f"choose one with --environment, of {list_options(names)}")
-    use, definition = defined[0]
-    definition.context.write(directory)
+    use = made[0]
+    definition = _define(use)
+    if definition is None:
+        image, commands = None, _export_lock(use, directory)
+    else:
+        definition.context.write(directory)
+        image = definition.name
+        commands = [f"docker tag {i} {name}" for i, name in definition.local_bases.items()]
+        commands.append(f"docker build -t {definition.name} {directory}")
     if as_json:
-        _print_json(
-            {"environment": use.title, "image": definition.name, "directory": str(directory)}
-        )
+        _print_json({"environment": use.title, "image": image, "directory": str(directory)})
         return
-    for image_id, name in definition.local_bases.items():
-        print(f"docker tag {image_id} {name}")
-    print(f"docker build -t {definition.name} {directory}")
+    for command in commands:
+        print(command)
 
 
-# ---- which there are ---------------------------------------------------------------------------
+def _export_lock(use: EnvironmentUse, directory: Path) -> list[str]:
+    """Write what an environment on this machine was resolved to; return the commands that make it elsewhere."""
+    from airflow_mlpipelines.compute.environment_locks import find_lock
 
-
-def _load_uses(file: Path, pipeline: str | None) -> list[EnvironmentUse]:
-    from airflow_mlpipelines.cli.files import load_pipeline
-
-    return find_uses(load_pipeline(file, pipeline).graph)
-
-
-def find_uses(graph: PipelineGraph) -> list[EnvironmentUse]:
-    """Return each environment of a pipeline on each compute, in the order of the steps."""
-    steps: dict[tuple[str, str], list[str]] = {}
-    specs: dict[tuple[str, str], EnvironmentSpec | None] = {}
-    for step in graph.steps:
-        key = (step.compute, step.environment.model_dump_json() if step.environment else "")
-        steps.setdefault(key, []).append(step.name)
-        specs[key] = step.environment
-    return [
-        EnvironmentUse(
-            title=_title(spec, steps[key][0]),
-            spec=spec,
-            compute=graph.computes[key[0]],
-            steps=tuple(dict.fromkeys(steps[key])),
-        )
-        for key, spec in specs.items()
-    ]
-
-
-def _title(spec: EnvironmentSpec | None, step: str) -> str:
-    if spec is None:
-        return "(the compute's own)"
-    return spec.name or spec.image or f"(that of step {step})"
-
-
-def _choose(uses: list[EnvironmentUse], name: str | None) -> list[EnvironmentUse]:
-    from airflow_mlpipelines._naming import list_options, suggest
-    from airflow_mlpipelines.exceptions import DefinitionError
-
-    if name is None:
-        return uses
-    chosen = [use for use in uses if name == use.title or name in use.steps]
-    if not chosen:
-        titles = [use.title for use in uses]
-        raise DefinitionError(
-            f"--environment: there is no {name!r}, neither as an environment nor as a step; there is "
-            f"{list_options(titles)}.{suggest(name, titles)}"
-        )
-    return chosen
+    return find_lock(use.spec).export(directory) if use.spec is not None else []
 
 
 # ---- what they are -----------------------------------------------------------------------------
@@ -258,7 +211,7 @@ def _define(use: EnvironmentUse) -> ImageDefinition | None:
     """Return the image that is built for it, or None if none is."""
     from airflow_mlpipelines.compute.launchers import make_launcher
 
-    if use.spec is None or not use.is_built:
+    if use.spec is None or not use.is_built or use.compute.type == "local":
         return None
     return make_launcher(use.compute).define_image(use.spec)
 

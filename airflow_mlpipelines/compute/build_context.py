@@ -81,9 +81,7 @@ class BuildContext:
         Raises:
             DefinitionError: The directory is not empty.
         """
-        directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            raise DefinitionError(f"{directory} is not empty: name one that is, or a new one")
+        prepare_directory(directory)
         for name, file in self._all_files().items():
             target = directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,3 +94,14 @@ class BuildContext:
     def _all_files(self) -> dict[str, ContextFile]:
         dockerfile = ContextFile(self.dockerfile.encode())
         return dict(sorted({**self.files, DOCKERFILE: dockerfile}.items()))
+
+
+def prepare_directory(directory: Path) -> None:
+    """Make a directory to export something into, if it is not there.
+
+    Raises:
+        DefinitionError: It is not empty.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if any(directory.iterdir()):
+        raise DefinitionError(f"{directory} is not empty: name one that is, or a new one")

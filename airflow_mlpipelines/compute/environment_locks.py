@@ -18,6 +18,7 @@ from filelock import FileLock
 from airflow_mlpipelines import settings
 from airflow_mlpipelines._digest import digest
 from airflow_mlpipelines.compute.base import name_environment
+from airflow_mlpipelines.compute.build_context import prepare_directory
 from airflow_mlpipelines.compute.build_failures import is_network_failure
 from airflow_mlpipelines.compute.conda_environments import (
     describe_conda,
@@ -31,10 +32,13 @@ from airflow_mlpipelines.storage.trees import digest_tree
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from airflow_mlpipelines.compute.base import Emit
     from airflow_mlpipelines.definition.graph import EnvironmentSpec
 
 _LOCK_VERSION = 1
 _SHOWN_LINES = 30
+_PYLOCK = "pylock.toml"
+_EXPLICIT = "conda-explicit.txt"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,32 @@ class EnvironmentLock:
     def is_current(self) -> bool:
         """Whether the interpreter and the local packages are still what was locked."""
         return all(_state(Path(path)) == state for path, state in self.states.items())
+
+    def export(self, directory: Path) -> list[str]:
+        """Write the lock into a directory, in the forms that uv and conda read; return the commands that do.
+
+        Raises:
+            DefinitionError: The directory is not empty.
+        """
+        prepare_directory(directory)
+        commands = []
+        target = f"{directory}/made"
+        if self.conda:
+            explicit = "".join(
+                f"{item['url']}{'#' + item['md5'] if item.get('md5') else ''}\n"
+                for item in self.conda
+            )
+            (directory / _EXPLICIT).write_text(f"@EXPLICIT\n{explicit}", encoding="utf-8")
+            commands.append(f"micromamba create -y -p {target} -f {directory / _EXPLICIT}")
+        else:
+            commands.append(f"uv venv --python {self.python} {target}")
+        if self.pylock:
+            (directory / _PYLOCK).write_text(self.pylock, encoding="utf-8")
+            how = (
+                f"install -r {directory / _PYLOCK}" if self.conda else f"sync {directory / _PYLOCK}"
+            )
+            commands.append(f"uv pip {how} --python {target}/bin/python")
+        return commands
 
 
 def environments_directory() -> Path:
@@ -119,13 +149,13 @@ def _resolve(environment: EnvironmentSpec) -> EnvironmentLock:
         directory = Path(name)
         requirements = "".join(f"{line}\n" for line in environment.pip)
         (directory / "requirements.in").write_text(requirements, encoding="utf-8")
-        output = ["--output-file", "pylock.toml", "--format", "pylock.toml", "--no-header"]
+        output = ["--output-file", _PYLOCK, "--format", _PYLOCK, "--no-header"]
         run_uv(
             ["pip", "compile", "requirements.in", "--python", interpreter, *output],
             f"The packages of {name_environment(environment)} can't be resolved",
             directory,
         )
-        pylock = (directory / "pylock.toml").read_text(encoding="utf-8")
+        pylock = (directory / _PYLOCK).read_text(encoding="utf-8")
         version = run_uv(
             ["python", "find", "--show-version", interpreter],
             f"The interpreter of {name_environment(environment)} can't be used",
@@ -176,14 +206,14 @@ def _compile_beside(
     given = {name: version for name, version in versions.items() if name != "python"}
     constraints = "".join(f"{name}=={version}\n" for name, version in given.items())
     (directory / "constraints.txt").write_text(constraints, encoding="utf-8")
-    output = ["--output-file", "pylock.toml", "--format", "pylock.toml", "--no-header"]
+    output = ["--output-file", _PYLOCK, "--format", _PYLOCK, "--no-header"]
     target = ["--python-version", versions["python"]]
     run_uv(
         ["pip", "compile", "requirements.in", "-c", "constraints.txt", *target, *output],
         f"The pip packages of {name_environment(environment)} can't be resolved beside its conda packages",
         directory,
     )
-    return (directory / "pylock.toml").read_text(encoding="utf-8")
+    return (directory / _PYLOCK).read_text(encoding="utf-8")
 
 
 def _find_interpreter(environment: EnvironmentSpec) -> str:
@@ -191,12 +221,36 @@ def _find_interpreter(environment: EnvironmentSpec) -> str:
     wanted = environment.python_version
     if wanted is None or python_version() == wanted or python_version().startswith(f"{wanted}."):
         return sys.executable
-    return run_uv(
-        ["python", "find", "--no-project", "--system", wanted],
-        f"This machine has no usable Python {wanted} for {name_environment(environment)}. Install one and put it on the "
-        "worker's PATH, or name an image and a Docker compute",
+    named = name_environment(environment)
+    find = ["python", "find", "--no-project", "--system", wanted]
+    option = f"[{settings.CONFIG_SECTION}] {settings.PYTHON_DOWNLOADS_OPTION}"
+    failure = (
+        f"This machine has no usable Python {wanted} for {named}. Install one and put it on the worker's PATH; or let uv "
+        f"download it: {option} = True in Airflow's configuration; or name an image and a Docker compute"
+    )
+    try:
+        return run_uv(find, failure, Path("/")).strip()
+    except EnvironmentBuildError:
+        if not _may_download():
+            raise
+    install = ["python", "install", "--no-bin", wanted]
+    run_uv(
+        install,
+        f"This machine has no usable Python {wanted} for {named}, and it can't be downloaded, as {option} asks for",
         Path("/"),
-    ).strip()
+        downloads="automatic",
+    )
+    # Of what this machine has, uv's own is the one that was downloaded.
+    return run_uv([*find, "--managed-python"], failure, Path("/")).strip()
+
+
+def _may_download() -> bool:
+    from airflow.sdk.configuration import conf
+
+    found: bool = conf.getboolean(
+        settings.CONFIG_SECTION, settings.PYTHON_DOWNLOADS_OPTION, fallback=False
+    )
+    return found
 
 
 def _read_pylock(pylock: str) -> tuple[dict[str, str], list[str]]:
@@ -234,8 +288,22 @@ def _state(path: Path) -> str:
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
-def run_uv(arguments: list[str], failure: str, directory: Path) -> str:
+def run_uv(
+    arguments: list[str],
+    failure: str,
+    directory: Path,
+    *,
+    downloads: str = "never",
+    emit: Emit | None = None,
+) -> str:
     """Return what uv prints.
+
+    Args:
+        arguments: Its command and options.
+        failure: What to say if it fails.
+        directory: Where it works.
+        downloads: Whether it may download Pythons, in its own words.
+        emit: Takes what it told of its work, once that is done.
 
     Raises:
         EnvironmentBuildError: It fails; the message begins with ``failure``.
@@ -248,9 +316,9 @@ def run_uv(arguments: list[str], failure: str, directory: Path) -> str:
         raise EnvironmentBuildError(
             f"{failure}: uv is not installed beside this package. Install it: pip install uv."
         ) from error
-    # What this machine has: the worker's own virtual environment does not count, and nothing is fetched.
+    # What this machine has: the worker's own virtual environment does not count.
     env = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
-    env |= {"UV_PYTHON_DOWNLOADS": "never", "NO_COLOR": "1"}
+    env |= {"UV_PYTHON_DOWNLOADS": downloads, "NO_COLOR": "1"}
     done = subprocess.run(
         [program, *arguments],
         cwd=directory,
@@ -266,6 +334,10 @@ def run_uv(arguments: list[str], failure: str, directory: Path) -> str:
         raise EnvironmentBuildError(
             f"{failure}. uv says:\n{said}", retryable=is_network_failure(done.stderr)
         )
+    if emit is not None:
+        for line in done.stderr.splitlines():
+            if line.strip() and not line.startswith("warning: "):
+                emit(f"uv: {line.rstrip()}")
     return done.stdout
 
 

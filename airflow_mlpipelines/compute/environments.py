@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,6 +145,7 @@ def _build(environment: EnvironmentSpec, lock: EnvironmentLock, emit: Emit) -> N
             f"Building {name_environment(environment)}: Python {lock.python} and {count} "
             f"package{'s' if count != 1 else ''}. This is done once on this machine."
         )
+        began = time.monotonic()
         failure = f"{name_environment(environment)} can't be built"
         _ready_file(lock).unlink(missing_ok=True)
         shutil.rmtree(lock.directory, ignore_errors=True)
@@ -163,6 +165,7 @@ def _build(environment: EnvironmentSpec, lock: EnvironmentLock, emit: Emit) -> N
             options = ["--python", python, "--compile-bytecode"]
             files = [str(pylock)] if install == "sync" else ["-r", str(pylock)]
             if lock.pylock:
-                run_uv(["pip", install, *files, *options], failure, base)
+                run_uv(["pip", install, *files, *options], failure, base, emit=emit)
         write_whole(_ready_file(lock), json.dumps(lock.packages))
-        emit(f"Built {name_environment(environment)} in {target}")
+        took = time.monotonic() - began
+        emit(f"Built {name_environment(environment)} in {target} in {took:.1f} s")

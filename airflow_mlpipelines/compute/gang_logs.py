@@ -18,6 +18,7 @@ _FULL = 1000
 _POLL_SECONDS = 0.5
 _TAIL_LINES = 50
 _TAIL_CHARACTERS = 2000
+_RETOLD_LINES = 25
 
 
 class GangLogs(Generic[End]):
@@ -62,6 +63,20 @@ class GangLogs(Generic[End]):
                 continue
             self.ends[node] = news
             return node, news
+
+    def retell(self, culprit: int) -> None:
+        """Hand on the ends of all nodes' logs once more, node by node from 0 on, and the culprit's last.
+
+        Lines of different nodes have come as they were printed; now each node's are together.
+        """
+        others = [node for node in range(len(self.tails)) if node != culprit]
+        for node in (*others, culprit):
+            if not self.tails[node]:
+                continue
+            what = ", which failed" if node == culprit else ""
+            self._emit(f"The end of the log of node {node} of {len(self.tails)}{what}:")
+            for line in list(self.tails[node])[-_RETOLD_LINES:]:
+                self._emit(f"  {line}")
 
     def close(self) -> None:
         """Hand nothing on any more."""

@@ -129,7 +129,10 @@ class KubernetesComputeSpec(SpecModel):
     Attributes:
         conn_id: The Airflow connection to the cluster; None goes by ``in_cluster``, or by ``$KUBECONFIG``.
         image: The image of steps whose environment names none.
-        image_conn_id: The Airflow connection of type docker to look up with what the tags of images mean.
+        image_conn_id: The Airflow connection of type docker to look up with what the tags of images mean, and for
+            nodes to pull them with.
+        image_pull_secrets: Secrets of the namespace for nodes to pull images with, in place of the Airflow
+            connections of ``image_conn_id`` and ``registry``.
         docker_url: The Docker daemon that builds its images and pushes them to ``registry``; None is the
             worker's own.
         buildkit_host: The BuildKit daemon that builds them in place of a Docker daemon, and pushes them there:

@@ -11,7 +11,12 @@ from airflow_mlpipelines.definition.graph import LocalComputeSpec
 from airflow_mlpipelines.definition.workspace import Datastore
 
 if TYPE_CHECKING:
-    from airflow_mlpipelines.definition.graph import ComputeSpec, DatastoreSpec, EnvironmentSpec
+    from airflow_mlpipelines.definition.graph import (
+        ComputeSpec,
+        DatastoreSpec,
+        EnvironmentSpec,
+        RegistrySpec,
+    )
     from airflow_mlpipelines.definition.steps import PipelineStep
     from airflow_mlpipelines.definition.workspace import Workspace
 
@@ -23,6 +28,13 @@ class Report(Protocol):
         self, message: str, step: PipelineStep | None = None, port: str | None = None
     ) -> None:
         """Note what is wrong with a step's port, a step or the pipeline."""
+
+
+def with_registry(spec: ComputeSpec, registry: RegistrySpec | None) -> ComputeSpec:
+    """Return a compute with its workspace's registry, where it has images and none of its own."""
+    if registry is None or isinstance(spec, LocalComputeSpec) or spec.registry is not None:
+        return spec
+    return spec.model_copy(update={"registry": registry})
 
 
 class WorkspaceResources:
@@ -88,20 +100,13 @@ class WorkspaceResources:
                 f"compute_target is a {type(wanted).__name__}; pass a compute or its name", step
             )
             wanted = self._workspace.default_compute
-        spec = self._with_registry(wanted.spec)
+        spec = with_registry(wanted.spec, self._workspace.registry)
         known = self.computes.setdefault(wanted.name, spec)
         if known != spec:
             self._report(
                 f"compute {wanted.name!r} is defined in two ways; give one another name", step
             )
         return str(wanted.name)
-
-    def _with_registry(self, spec: ComputeSpec) -> ComputeSpec:
-        """Return a compute with the workspace's registry, where it has images and none of its own."""
-        registry = self._workspace.registry
-        if registry is None or isinstance(spec, LocalComputeSpec) or spec.registry is not None:
-            return spec
-        return spec.model_copy(update={"registry": registry})
 
     def find_environment(self, step: PipelineStep) -> EnvironmentSpec | None:
         """Return the environment that the step names; None where it names none."""

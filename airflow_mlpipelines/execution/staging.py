@@ -196,14 +196,13 @@ def link_data(workplace: Workplace, step: StepSpec, paths: ProcessPaths) -> None
 
 def _own(found: Path, target: Path) -> Path:
     """Return a private copy: a step that downloads its input may write to it."""
-    if found == target:  # it is a copy already, as the blob cache gives it
-        make_writable(target)
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if found.is_dir():
-        shutil.copytree(found, target, symlinks=True, dirs_exist_ok=True)
-    else:
-        shutil.copy2(found, target)
+    if found != target:  # else it is a copy already, as the blob cache gives it
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if found.is_dir():
+            shutil.copytree(found, target, symlinks=True, dirs_exist_ok=True)
+        else:
+            shutil.copy2(found, target)
+    make_writable(target)
     return target
 
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 _BROKEN = 1
 _NOT_FOUND = 127
 _MPIRUN_SECONDS = 5.0
+_LINES_OF_OTHERS = 3
 
 
 def run(spec: dict[str, Any], command: Sequence[str]) -> int:
@@ -84,19 +85,29 @@ def _run_alone(spec: dict[str, Any], command: Sequence[str]) -> int:
         failed = ranks.wait(programs)
     if failed is None:
         return 0
-    return _tell_of(failed, _count(spec), f"the other {len(programs) - 1} were ended")
+    return _tell_of(failed, programs, _count(spec), f"the other {len(programs) - 1} were ended")
 
 
 def _run_mpi_alone(spec: dict[str, Any], command: Sequence[str]) -> int:
     processes = spec["nodes"] * spec["processes_per_node"]
     with reports() as folder:
-        programs = [start_mpirun(processes, command, dict(os.environ))]
-        with ranks.ending(programs):
-            failed = ranks.wait(programs)
+        mpirun = start_mpirun(processes, command, dict(os.environ))
+        with ranks.ending([mpirun]):
+            while mpirun.code is None and read_report(folder) is None:
+                time.sleep(ranks.POLL_SECONDS)
+            code = _await(mpirun)
         report = read_report(folder)
     if report is not None:
         return _tell_of_rank(report, processes, "; the others were ended")
-    return 0 if failed is None else failed.code or 1
+    return code
+
+
+def _await(mpirun: ranks.Program) -> int:
+    """Return the exit code of mpirun, which has a moment to end by itself: it says why, and ends the other ranks."""
+    deadline = time.monotonic() + _MPIRUN_SECONDS
+    while mpirun.code is None and time.monotonic() < deadline:
+        time.sleep(ranks.POLL_SECONDS)
+    return 1 if mpirun.code is None else mpirun.code
 
 
 def _run_node(spec: dict[str, Any], command: Sequence[str], place: Place) -> int:
@@ -151,7 +162,7 @@ def _attend(
             nodes.fail(code, f"{what} ended with exit code {code}")
             ranks.end(programs)
             others = f"it ran on {place.name(place.node)}; all others were ended"
-            return _tell_of(failed, _count(spec), others)
+            return _tell_of(failed, programs, _count(spec), others)
         if ranks.are_done(programs):
             nodes.done()
         verdict = nodes.verdict()
@@ -175,9 +186,8 @@ def _blame(
     place: Place,
 ) -> int:
     """Have the node answer for it on which a rank of mpirun's has failed; return node 0's exit code."""
-    deadline = time.monotonic() + _MPIRUN_SECONDS
-    while any(program.code is None for program in programs) and time.monotonic() < deadline:
-        time.sleep(ranks.POLL_SECONDS)  # it ends the others, and says so
+    for mpirun in programs:
+        _await(mpirun)
     ranks.end(programs)
     host = place.find_host(report["host"])
     node = 0 if host is None else place.hosts.index(host)
@@ -233,10 +243,17 @@ def _count(spec: dict[str, Any]) -> int:
     return int(spec["nodes"] * spec["processes_per_node"] + spec["parameter_servers"] + chief)
 
 
-def _tell_of(failed: ranks.Program, count: int, others: str) -> int:
-    """Print the end of the log of a rank that failed; return its exit code."""
+def _tell_of(
+    failed: ranks.Program, programs: Sequence[ranks.Program], count: int, others: str
+) -> int:
+    """Print the ends of all ranks' logs, that of the one that failed last; return its exit code."""
     code = failed.code or 1
     if isinstance(failed, ranks.Rank):
+        for each in programs:
+            if isinstance(each, ranks.Rank) and each is not failed and each.tail:
+                ranks.say(f"The end of the log of rank {each.number}:")
+                for line in list(each.tail)[-_LINES_OF_OTHERS:]:
+                    ranks.say(f"  {line}")
         report = {"rank": failed.number, "code": code, "tail": failed.tail}
         return _tell_of_rank(report, count, f"; {others}")
     return code

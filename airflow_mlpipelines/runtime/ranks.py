@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -29,6 +30,16 @@ _TAIL_CHARACTERS = 2000
 _CHUNK = 64 << 10
 
 
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    """Let this process be killed when the one that has started it is, as MPICH does with those of its ranks."""
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class NotStartedError(Exception):
     """A program is not there, or may not be run."""
 
@@ -50,7 +61,7 @@ class Program:
         output: int | None = None,
         inherit: bool = False,
     ) -> None:
-        """Start it; with ``inherit``, it gets the files that this process was given open.
+        """Start it; with ``inherit``, it gets the files that this process was given open, and dies with it.
 
         Raises:
             NotStartedError: It can't be started.
@@ -64,6 +75,7 @@ class Program:
                 stdout=output,
                 stderr=None if output is None else subprocess.STDOUT,
                 close_fds=not inherit,
+                preexec_fn=_die_with_parent if inherit else None,  # noqa: PLW1509 - no thread yet
                 start_new_session=True,  # so that it can be ended with all that it has started
             )
         except OSError as error:

@@ -6,15 +6,16 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines.exceptions import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-_READ_ONLY, _WRITABLE = 0o444, 0o644
+_READ_ONLY = 0o444
 _CLONE = 0x40049409
 """Linux's ``FICLONE``: the new file has the old one's blocks until either is written to."""
 
@@ -39,23 +40,27 @@ def make_read_only(path: Path) -> None:
 
     The directories keep it: what is in them can't be deleted without.
     """
-    _change_files(path, _READ_ONLY)
+    for file in _files_of(path):
+        os.chmod(file, _READ_ONLY)  # noqa: PTH101 - millions of them, maybe
 
 
 def make_writable(path: Path) -> None:
     """Give the owner of a file, or of all files of a directory, the right to write."""
-    _change_files(path, _WRITABLE)
+    for file in _files_of(path):
+        mode = stat.S_IMODE(os.lstat(file).st_mode)
+        os.chmod(file, mode | stat.S_IWUSR)  # noqa: PTH101
 
 
-def _change_files(path: Path, mode: int) -> None:
+def _files_of(path: Path) -> Iterator[str]:
+    """Yield a file, or all files of a directory but links."""
     if not path.is_dir():
-        path.chmod(mode)
+        yield str(path)
         return
     for directory, _, names in os.walk(path):
         for name in names:
             file = os.path.join(directory, name)  # noqa: PTH118 - millions of them, maybe
             if not os.path.islink(file):  # noqa: PTH114
-                os.chmod(file, mode)  # noqa: PTH101
+                yield file
 
 
 def place(blob: Path, target: Path, *, link: bool) -> None:

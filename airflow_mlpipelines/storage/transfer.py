@@ -93,6 +93,8 @@ def commit_output(
 ) -> Artifact:
     """Return the artifact of an output that its step has made, once it is where it stays.
 
+    On a file store nobody may write to its files from then on: steps get them where they are.
+
     Args:
         store: The datastore that the output goes to.
         path: Where it goes.
@@ -115,7 +117,7 @@ def commit_output(
         made, wanted = ("a file", "a directory") if expect_directory else ("a directory", "a file")
         raise DataError(f"is {made}, but was declared as {wanted}.")
     if store.is_local:
-        tree = digest_tree(source, cache=cache)
+        tree = digest_tree(source, cache=cache, seal=True)
         if store.local_path(path) != source:
             _put_in_place(source, store.local_path(path))
     else:

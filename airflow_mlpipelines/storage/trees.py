@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.storage.stat_cache import StatCache
 
+_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _LARGE = 8 * 1024 * 1024
 """From this size on a file is read through a memory map by several threads."""
 _DIRECTORY, _FILE, _LINK = b"d", b"f", b"l"
@@ -63,7 +64,7 @@ class TreeEntry(NamedTuple):
 
 
 def digest_tree(
-    path: Path, *, cache: StatCache | None = None, workers: int | None = None
+    path: Path, *, cache: StatCache | None = None, workers: int | None = None, seal: bool = False
 ) -> TreeDigest:
     """Return the digest of a file or of a directory with all that is in it.
 
@@ -71,6 +72,8 @@ def digest_tree(
         path: The file or directory. It may itself be a symbolic link, which is followed.
         cache: Digests of files that were read before and have not changed since.
         workers: Threads that read; by default as many as there are processors, at most 8.
+        seal: Whether to take the right to write away from all files, before they are read. Those of another user,
+            and those that have another name elsewhere, are left as they are.
 
     Raises:
         DataError: Nothing is there, or a member can't be digested; the message names it.
@@ -81,6 +84,7 @@ def digest_tree(
         raise DataError(f"{path} can't be read: {error.strerror or error}") from error
     if stat.S_ISREG(status.st_mode):
         file = os.fsencode(path)
+        status = _seal(file, status) if seal else status
         known = cache.get(file, status) if cache is not None else None
         digest = known or digest_file(file)
         if cache is not None and known is None:
@@ -88,18 +92,34 @@ def digest_tree(
         return TreeDigest(f"{DIGEST_PREFIX}{digest.hex()}", status.st_size, 1, "file")
     if not stat.S_ISDIR(status.st_mode):
         raise DataError(f"{path} is neither a file nor a directory")
-    return _digest_directory(os.fsencode(path), cache, workers)
+    return _digest_directory(os.fsencode(path), cache, workers, seal=seal)
 
 
-def _digest_directory(root: bytes, cache: StatCache | None, workers: int | None) -> TreeDigest:
+def _seal(file: bytes, status: os.stat_result) -> os.stat_result:
+    """Take the right to write away from a file, and return its stat."""
+    if not status.st_mode & _WRITE or status.st_nlink > 1:
+        return status
+    try:
+        os.chmod(file, stat.S_IMODE(status.st_mode) & ~_WRITE)
+    except OSError:  # of another user, or on a file system without rights
+        return status
+    return os.stat(file)
+
+
+def _digest_directory(
+    root: bytes, cache: StatCache | None, workers: int | None, *, seal: bool
+) -> TreeDigest:
     top = os.path.join(root, b"")
     found: list[tuple[bytes, bytes, bytes]] = []  # path, kind, content: what the digest is made of
     unread: list[tuple[bytes, os.stat_result]] = []
     size = files = 0
     for prefix, members in _list_directories(root):
         known = cache.get_directory(top + prefix) if cache is not None else {}
-        for path, kind, status in members:
+        for path, kind, found_status in members:
+            status = found_status
             if kind == _FILE:
+                if seal:
+                    status = _seal(top + path, status)
                 files += 1
                 size += status.st_size
                 row = known.get(path[len(prefix) :])

@@ -40,3 +40,4 @@ def test_the_step_of_the_guide_sees_the_two_gpus_of_its_compute(tmp_path, monkey
         "nobody": 0,
         "docker": 2,
     }
+    assert computes["gke"].spec.gpu_type_label == "cloud.google.com/gke-accelerator"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from airflow_mlpipelines import Environment
-from tests.dags.project import Project
+from airflow_mlpipelines import CommandStep, Environment, Pipeline, PipelineData, Workspace
+from tests.dags.project import Project, run_dag
 from tests.wheels import make_wheel
 
 pytestmark = [pytest.mark.airflow, pytest.mark.usefixtures("airflow_db")]
@@ -171,3 +174,30 @@ def test_a_failed_step_fails_the_run_and_what_succeeded_is_reused(project):
     project.edit("train.py", "raise SystemExit(3)\n", "")
 
     assert project.run().ran == set()
+
+
+def test_a_step_can_not_change_what_another_one_gets_but_in_a_copy_of_its_own(tmp_path):
+    (tmp_path / "mlpipelines.yaml").write_text("name: w\ndatastores:\n  here: {url: data}\n")
+    workspace = Workspace.from_config(tmp_path)
+    words, mine, seen = (PipelineData(name) for name in ("words", "mine", "seen"))
+    make = CommandStep(
+        ["sh", "-c", f"printf 'one ' > {words}; chmod 775 {words}"], name="make", outputs=[words]
+    )
+    append = CommandStep(
+        ["sh", "-c", f"(stat -c %a {words}; printf two >> {words}; cat {words}) > {mine}"],
+        name="append",
+        inputs=[words.as_download()],
+        outputs=[mine],
+    )
+    look = CommandStep(
+        ["sh", "-c", f"(stat -c %a {words}; cat {words} {mine}) > {seen}"],
+        name="look",
+        inputs=[words, mine],
+        outputs=[seen],
+    )
+
+    done = run_dag(Pipeline(workspace, [make, append, look], name=f"own_{tmp_path.name}").to_dag())
+
+    place = Path(unquote(urlsplit(done.outputs["look"]["seen"]["uri"]).path))
+    assert place.read_text() == "555\none 755\none two"
+    assert stat.S_IMODE(place.stat().st_mode) & 0o222 == 0

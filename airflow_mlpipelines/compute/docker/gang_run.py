@@ -195,6 +195,7 @@ class GangRun:
                 log_tail=tuple(logs.tails[0]),
             )
         if node is not None:
+            logs.retell(node)
             error = end_failure(
                 launch.step_name,
                 logs.ends[node],

@@ -387,6 +387,7 @@ class GangAttendant:
             )
         node = find_culprit(logs.ends)
         if node is not None:
+            logs.retell(node)
             end = logs.ends[node]
             error = end_failure(step, end, self._spec.pod, tuple(logs.tails[node]))
             raise at_node(error, end.pod, self._spec)

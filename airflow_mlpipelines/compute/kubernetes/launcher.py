@@ -23,6 +23,7 @@ from airflow_mlpipelines.compute.kubernetes.cluster import (
     PodUnreachableError,
     connect,
 )
+from airflow_mlpipelines.compute.kubernetes.contact import ContactKeeper
 from airflow_mlpipelines.compute.kubernetes.detaching import PodNews, Reason
 from airflow_mlpipelines.compute.kubernetes.failures import PodLostError, lost_unseen
 from airflow_mlpipelines.compute.kubernetes.following import TAIL_LINES, Stops
@@ -271,7 +272,8 @@ class KubernetesLauncher(Launcher):
             self._cluster, prepared, spec, token=self._token, note=note, stops=self._stops
         )
         self._gang, self._name = launch.step_run_id, spec.name
-        attendant.run(emit)
+        with ContactKeeper(self._cluster, launch.step_run_id):
+            attendant.run(emit)
 
     def _plan(self, launch: StepLaunch) -> PodSpec:
         image = self._images.name or launch.image or ""

@@ -122,10 +122,13 @@ def _bears(found: Mapping[str, Any], word: str) -> bool:
 def has_secret(pod: Mapping[str, Any]) -> bool:
     """Return whether the pod refers to a Secret of its own name."""
     name, spec = pod["metadata"]["name"], pod["spec"]
-    mounted = ((volume.get("secret") or {}).get("secretName") for volume in spec.get("volumes", ()))
+    mounted = (
+        (volume.get("secret") or {}).get("secretName") for volume in spec.get("volumes") or ()
+    )
     sources = (
         ((variable.get("valueFrom") or {}).get("secretKeyRef") or {}).get("name")
         for container in spec["containers"]
         for variable in container.get("env") or ()
     )
-    return name in mounted or name in sources
+    pulled_with = (item.get("name") for item in spec.get("imagePullSecrets") or ())
+    return name in mounted or name in sources or name in pulled_with

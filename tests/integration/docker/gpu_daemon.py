@@ -86,4 +86,6 @@ def gpu_daemon(root: Path, port: int) -> Iterator[GpuDaemon]:
             docker_cli("-H", daemon.socket, "rm", "-f", *left)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+        # One that did not come up leaves its folder mounted on itself.
+        subprocess.run(["umount", f"{root}/data"], capture_output=True, check=False)
         shutil.rmtree(root, ignore_errors=True)

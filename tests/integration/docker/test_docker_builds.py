@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import tarfile
 import threading
 import uuid
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +24,7 @@ from airflow_mlpipelines.compute.docker import DockerLauncher, builds
 from airflow_mlpipelines.definition.graph import DockerComputeSpec, EnvironmentSpec, RegistrySpec
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, EnvironmentBuildError
 from airflow_mlpipelines.execution.build_leases import make_build_guard
+from tests.channels import make_package
 from tests.integration.docker.cli import docker_cli
 from tests.integration.docker.registry import PASSWORD, USER
 from tests.parts import missing
@@ -29,7 +32,6 @@ from tests.wheels import make_wheel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.integration.docker.conftest import DockerStep
     from tests.integration.docker.registry import Registry
@@ -248,7 +250,6 @@ def make_deb(directory: Path) -> bytes:
     return (directory / "tool.deb").read_bytes()
 
 
-@BUILT_BY_THE_DAEMON
 def test_apt_packages_are_installed(workshop: Workshop, tmp_path: Path) -> None:
     deb = make_deb(tmp_path)
     index = "Package: mlp-tool\nVersion: 1.0\nArchitecture: all\nFilename: ./tool.deb\n"
@@ -274,15 +275,61 @@ def test_a_conda_file_is_for_bases_that_have_conda(workshop: Workshop) -> None:
     with pytest.raises(EnvironmentBuildError, match="neither conda nor mamba nor micromamba") as e:
         workshop.prepare(environment)
     assert "Name one that has, or give pip requirements" in str(e.value).partition("\n")[0]
-    # No machine of CI's gets conda packages: a program of that name shows what it is given.
+
+
+# No package registry has micromamba itself, but it has the library whose solver and installer conda's own tools use.
+MICROMAMBA = b"""#!/usr/bin/python3
+import asyncio, json, subprocess, sys
+sys.path.insert(0, "/opt/rattler")
+import rattler
+with open(sys.argv[-1]) as file:
+    asked = json.load(file)
+assert sys.argv[1:-1] == ["install", "-y", "-n", "base", "-f"]
+async def install():
+    channels = [rattler.Channel(channel) for channel in asked["channels"]]
+    specs = [rattler.MatchSpec(item) for item in asked["dependencies"] if isinstance(item, str)]
+    await rattler.install(await rattler.solve(channels, specs), "/opt/conda", show_progress=False)
+asyncio.run(install())
+for item in asked["dependencies"]:
+    if isinstance(item, dict):
+        subprocess.run(["python3", "-m", "pip", "install", "--no-index", *item["pip"]], check=True)
+"""
+
+
+def pack(directory: Path) -> bytes:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.add(directory, directory.name)
+    return archive.getvalue()
+
+
+@BUILT_BY_THE_DAEMON
+def test_conda_packages_are_installed_and_on_the_path(
+    workshop: Workshop, wheels: Path, tmp_path: Path
+) -> None:
+    found = importlib.util.find_spec("rattler")
+    if found is None or found.origin is None:
+        missing("no py-rattler (the extra 'conda')")
+    channel = tmp_path / "channel"
+    files = {"bin/mlp-tool": "#!/bin/sh\necho a tool 1.5\n"}
+    make_package(channel, "mlp-tool", "1.5", files, depends=("mlp-base",))
+    make_package(channel, "mlp-tool", "2.0", files)
+    make_package(channel, "mlp-base", "1.0", {"share/mlp-base": "a base\n"})
     workshop.build_base(
-        "COPY micromamba /usr/bin/\n",
-        micromamba=b'#!/bin/sh\necho "$@" > /asked\nfor file; do :; done; cp "$file" /given\n',
+        "ADD channel.tar /\nADD rattler.tar /opt/rattler/\nCOPY micromamba /usr/bin/\n",
+        channel__tar=pack(channel),
+        rattler__tar=pack(Path(str(found.origin)).parent),
+        micromamba=MICROMAMBA,
     )
-    image, _ = workshop.prepare(environment)
-    asked = run_in(image, "cat", "/asked")
-    assert asked.startswith("install -y -n base -f /opt/mlpipelines/")
-    assert json.loads(run_in(image, "cat", "/given")) == {"dependencies": ["numpy=2.*"]}
+    pip = {"pip": [str(wheels / "tinypkg-1.0-py3-none-any.whl")]}
+    conda = {"channels": ["file:///channel"], "dependencies": ["mlp-tool=1.*", pip]}
+    image, _ = workshop.prepare(EnvironmentSpec(name="e", conda=conda))
+    assert run_in(image, "mlp-tool") == "a tool 1.5"
+    assert run_in(image, "cat", "/opt/conda/share/mlp-base") == "a base"
+    assert run_in(image, "python3", "-c", "import tinypkg; print(tinypkg.VERSION)") == "1.0"
+    nowhere = {**conda, "dependencies": ["mlp-tool=9.*"]}
+    with pytest.raises(EnvironmentBuildError, match="environment 'e' can't be built"):
+        workshop.prepare(EnvironmentSpec(name="e", conda=nowhere))
 
 
 # ---- what can't be built -----------------------------------------------------------------------
@@ -364,7 +411,6 @@ def forget_builds(registry: Registry) -> None:
         docker_cli("rmi", "-f", *found)
 
 
-@BUILT_BY_THE_DAEMON
 def test_what_one_machine_built_another_one_pulls(
     workshop: Workshop, wheels: Path, registry: Registry, shared: RegistrySpec
 ) -> None:
@@ -458,7 +504,6 @@ def test_a_registry_that_does_not_answer_is_no_fault_of_the_environment(
         workshop.prepare(with_wheels(wheels), RegistrySpec(url="127.0.0.1:9/team/env"))
 
 
-@BUILT_BY_THE_DAEMON
 def test_two_machines_with_one_metadata_database_build_an_image_once(
     workshop: Workshop, shared: RegistrySpec, tmp_path: Path
 ) -> None:

@@ -164,6 +164,13 @@ def test_a_rank_that_fails_ends_the_gang_and_its_log_is_in_the_error(step: Docke
         "node 2 (node-2) ends, because of node 1 (node-1): rank 3 ended with exit code 1"
         in step.lines
     )
+    ends = [line for line in step.lines if line.startswith("The end of the log of node")]
+    assert ends == [
+        "The end of the log of node 0 of 3:",
+        "The end of the log of node 2 of 3:",
+        "The end of the log of node 1 of 3, which failed:",
+    ]
+    assert step.lines[-1].strip() == "out of data"
     assert_nothing_left(step)
 
 

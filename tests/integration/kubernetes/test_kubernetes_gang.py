@@ -14,12 +14,14 @@ import pytest
 
 from airflow_mlpipelines.compute.base import DetachedError, RelaunchError
 from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
+from airflow_mlpipelines.compute.kubernetes import contact, launcher
 from airflow_mlpipelines.compute.kubernetes import gang as gangs
-from airflow_mlpipelines.compute.kubernetes import launcher
+from airflow_mlpipelines.compute.kubernetes import pod as pod_module
 from airflow_mlpipelines.compute.kubernetes.awaiting import PodAwaiter, remove_pods
 from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch
 from airflow_mlpipelines.compute.kubernetes.gang import INDEX, plan_gang
 from airflow_mlpipelines.compute.kubernetes.pod import label_value, pod_name
+from airflow_mlpipelines.compute.kubernetes.scripts import KEEP, KEPT_MINUTES
 from airflow_mlpipelines.definition.graph import ResourcesSpec
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 from airflow_mlpipelines.runtime.metrics import read_metrics
@@ -33,7 +35,7 @@ from tests.gangs import (
     make_mpi_image,
 )
 from tests.integration.kubernetes.gate import Gate
-from tests.integration.kubernetes.steps import make_api, wait_until
+from tests.integration.kubernetes.steps import make_api, suppress_absent, wait_until
 from tests.integration.kubernetes.test_kubernetes_launcher import IMAGE, MEBIBYTE, PodStep
 from tests.parts import missing
 from tests.unit.compute.launcher_contract import Running
@@ -95,12 +97,13 @@ class Gang(PodStep):
 
         api = make_api(self.kubeconfig)
         for kind, name in (each.split() for each in self.others()):
-            if kind == "job":
-                client.BatchV1Api(api.api_client).delete_namespaced_job(
-                    name, self.namespace, propagation_policy="Background"
-                )
-            else:
-                api.delete_namespaced_service(name, self.namespace)
+            with suppress_absent():  # a Service goes with its Job
+                if kind == "job":
+                    client.BatchV1Api(api.api_client).delete_namespaced_job(
+                        name, self.namespace, propagation_policy="Background"
+                    )
+                else:
+                    api.delete_namespaced_service(name, self.namespace)
 
     def assert_nothing_left(self) -> None:
         wait_until(lambda: not self.look.pods(), "the pods are gone")
@@ -398,6 +401,28 @@ def test_a_kill_leaves_nothing_of_any_pod_though_the_api_server_is_not_well(
         with pytest.raises(StepFailedError, match="it was killed"):
             running.wait()
     gang.assert_nothing_left()
+
+
+def test_pods_that_work_for_longer_than_they_wait_for_a_worker_are_kept_by_one_that_is_there(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Six hours and one hour, as seconds.
+    age = "$(($(date +%s) - $(stat -c %Y control/contact)))"
+    shorter = KEEP.replace(
+        f"find control/contact -mmin -{KEPT_MINUTES}", f"test {age} -lt 12 && echo"
+    )
+    shorter = shorter.replace("echo)", "echo there)").replace("sleep 30", "sleep 1")
+    monkeypatch.setattr(pod_module, "KEEP", shorter)
+    monkeypatch.setattr(contact, "_CONTACT_SECONDS", 1.5)
+    script = """
+    import os, time
+    time.sleep(25)
+    os.makedirs("/mlp/outputs/model", exist_ok=True)
+    open("/mlp/outputs/model/part-" + os.environ["RANK"], "w").close()
+    """
+    gang.run_gang(script, nodes=2)
+    model = gang.root / "outputs" / "model"
+    assert sorted(file.name for file in model.iterdir()) == ["part-0", "part-1"]
 
 
 def test_a_gang_is_ended_at_its_timeout(gang: Gang) -> None:

@@ -81,6 +81,7 @@ def test_a_run_that_airflow_does_not_know_keeps_what_runs_and_loses_what_has_end
     assert clear_up_after(step, None, age=MONTH) == 0  # a helper is still there
     step.look.execute("sh", "-c", "touch control/done; kill 1")
     wait_until(lambda: step.look.pod().status.phase == "Succeeded", "the pod has ended")
+    assert clear_up_after(step, "running", age=MONTH) == 0  # its worker is committing
     assert clear_up_after(step, None, age=MONTH) == 1
     wait_until(lambda: not step.look.pods(), "the pod is gone")
 

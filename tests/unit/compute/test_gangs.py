@@ -17,7 +17,7 @@ from airflow_mlpipelines.compute.docker.watch import ContainerEnd
 from airflow_mlpipelines.compute.gang_logs import GangLogs
 from airflow_mlpipelines.compute.kubernetes import gang
 from airflow_mlpipelines.compute.kubernetes import gang_run as pod_gang
-from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
+from airflow_mlpipelines.compute.kubernetes.cluster import Cluster, ClusterError
 from airflow_mlpipelines.compute.kubernetes.gang import INDEX
 from airflow_mlpipelines.compute.kubernetes.gang_files import merge_node, stage_of_node
 from airflow_mlpipelines.compute.kubernetes.gang_start import await_pods
@@ -219,9 +219,8 @@ def test_pods_that_are_too_many_are_named_and_not_said_to_lack_a_place():
         for name in names
     ]
     compute = SimpleNamespace(name="cluster", schedule_timeout_seconds=0.0)
-    cluster = SimpleNamespace(
-        compute=compute, namespace="ml", ask=lambda *_words, **_options: {"items": pods}
-    )
+    ask = lambda *_words, **_options: {"items": pods}  # noqa: E731 - the same for both
+    cluster = SimpleNamespace(compute=compute, namespace="ml", ask=ask, ask_patiently=ask)
     spec = SimpleNamespace(nodes=2, name="mlp-1", pod=SimpleNamespace(step_run_id="a step run"))
 
     with pytest.raises(ComputeUnavailableError) as failed:
@@ -249,7 +248,9 @@ def test_a_node_that_does_not_answer_is_forced_only_if_it_can_write_nowhere(shar
         def ask(self, *_words, **_options):
             return {"items": [pod]}
 
-        def delete(self, kind, _name, *, seconds):
+        ask_patiently = ask
+
+        def delete(self, kind, _name, *, seconds, **_options):
             if kind == "pods":
                 graces.append(seconds)
 
@@ -287,8 +288,9 @@ def test_an_api_server_that_is_away_for_a_moment_loses_no_gang(monkeypatch):
             raise answer
         return answer
 
-    monkeypatch.setattr(gang, "_PAUSE", 0.01)
-    assert gang.list_pods(SimpleNamespace(ask=ask), "a step run", patience=10) == []
+    cluster = object.__new__(Cluster)
+    monkeypatch.setattr(cluster, "ask", ask, raising=False)
+    assert gang.list_pods(cluster, "a step run", patience=10) == []
     answers = [ClusterError(503, "away")]
     with pytest.raises(ClusterError):
-        gang.list_pods(SimpleNamespace(ask=ask), "a step run")
+        gang.list_pods(cluster, "a step run")

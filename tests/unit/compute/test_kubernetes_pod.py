@@ -110,6 +110,10 @@ def test_what_the_step_asks_for_goes_before_what_the_compute_says(tmp_path: Path
     assert step_container(planned)["resources"] == {"requests": wanted, "limits": wanted}
     spec = planned.manifest["spec"]
     assert spec["nodeSelector"] == {"zone": "a", "amd.com/gpu.product": "A100"}
+    other = plan(
+        tmp_path, {"resources": resources}, gpu_type_label="cloud.google.com/gke-accelerator"
+    )
+    assert other.manifest["spec"]["nodeSelector"] == {"cloud.google.com/gke-accelerator": "A100"}
     shm = next(item for item in spec["volumes"] if item["name"] == "mlp-shm")
     assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": str(GIBIBYTE)}
 

@@ -6,6 +6,7 @@ import pytest
 
 from airflow_mlpipelines.compute.kubernetes import removal
 from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
+from airflow_mlpipelines.compute.kubernetes.releasing import has_secret
 from airflow_mlpipelines.compute.kubernetes.removal import Thing, delete_all
 
 POD, SECRET = Thing("pods", "a", uid="1", seconds=2), Thing("secrets", "a")
@@ -56,3 +57,24 @@ def test_without_patience_each_is_tried_once():
     with pytest.raises(ClusterError):
         delete_all(server, [POD, SECRET], patience=0)
     assert server.deleted == ["secrets"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("mlp-1", True), ("of-somebody-else", False)], ids=["own", "another"]
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda name: {"imagePullSecrets": [{"name": name}]},
+        lambda name: {"volumes": [{"name": "job", "secret": {"secretName": name}}]},
+        lambda name: {
+            "containers": [
+                {"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": name, "key": "0"}}}]}
+            ]
+        },
+    ],
+    ids=["to pull with", "mounted", "as a variable"],
+)
+def test_a_pods_own_secret_is_known_by_whatever_refers_to_it(make, name, expected):
+    spec = {"containers": [{"env": [{"name": "B", "value": "x"}]}], "volumes": None, **make(name)}
+    assert has_secret({"metadata": {"name": "mlp-1"}, "spec": spec}) is expected

@@ -22,7 +22,7 @@ def load(tmp_path):
 
     def load(name: str) -> Workspace:
         copy(HERE / name, tmp_path / "mlpipelines.yaml")
-        (tmp_path / "docker").mkdir()
+        (tmp_path / "docker").mkdir(exist_ok=True)
         (tmp_path / "docker" / "own.Dockerfile").write_text("FROM python:3.12-slim\n")
         return Workspace.from_config(tmp_path)
 
@@ -51,7 +51,8 @@ def test_the_environments_of_the_guide_to_environments(load):
     assert set(workspace.environments) == {"training", "own"}
     cluster = workspace.compute_targets["cluster"].spec
     assert isinstance(cluster, KubernetesComputeSpec)
-    assert cluster.image_pull_secrets == ("registry-login",)
+    assert cluster.image_conn_id == "base_images"
+
     assert workspace.registry is not None
     assert workspace.registry.url == "registry.example.com/team/env"
 
@@ -62,6 +63,16 @@ def test_the_compute_of_the_guide_to_kubernetes(load):
     assert isinstance(spec, KubernetesComputeSpec)
     assert (spec.conn_id, spec.gpus, spec.schedule_timeout_seconds) == ("my_cluster", 8, 43200)
     assert spec.startup_timeout_seconds == 1800
+
+
+def test_the_builder_of_the_guide_to_environments(load):
+    spec = load("buildkit.yaml").compute_targets["cluster"].spec
+
+    assert isinstance(spec, KubernetesComputeSpec)
+    assert (spec.buildkit_host, spec.buildkit_tls) == (
+        "tcp://buildkitd.ml.svc:1234",
+        "/etc/buildkit",
+    )
 
 
 @pytest.mark.parametrize("name", ["airflow.cfg", "cache.cfg"])

@@ -69,7 +69,7 @@ def start(
 ):
     """Start a gang as a step does: with the staged runtime package, in a folder of its own."""
     code = root / "code"
-    code.mkdir(exist_ok=True)
+    code.mkdir(parents=True, exist_ok=True)
     (code / "work.py").write_text(textwrap.dedent(script))
     command = [program or python, "work.py", *(arguments or [])]
     return subprocess.Popen(
@@ -239,6 +239,28 @@ def test_one_rank_dies_and_the_gang_ends_with_its_log_and_its_exit_code(tmp_path
     assert time.monotonic() - started < 30
 
 
+def test_when_one_rank_fails_the_ends_of_all_logs_come_by_rank_and_its_own_comes_last(
+    tmp_path: Path,
+):
+    script = """
+        import os, sys, time
+        rank = int(os.environ["RANK"])
+        for line in range(3 - rank, 9):
+            print("line", line, flush=True)
+        if rank == 1:
+            time.sleep(3)  # until all others have printed theirs
+            sys.exit("out of data")
+        time.sleep(600)
+        """
+    code, lines = finish(start(tmp_path, PYTORCH, script))
+
+    assert code == 1
+    at = [lines.index(f"The end of the log of rank {rank}:") for rank in (0, 2, 3)]
+    assert at == sorted(at)
+    assert lines[at[0] + 1 : at[1]] == ["  line 6", "  line 7", "  line 8"]
+    assert lines[-1] == "  out of data"
+
+
 def test_a_rank_that_a_signal_ended_has_a_shell_s_exit_code(tmp_path: Path):
     script = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     code, lines = finish(start(tmp_path, {**PYTORCH, "nodes": 1, "processes_per_node": 1}, script))
@@ -310,6 +332,56 @@ def test_an_mpi_rank_that_fails_ends_the_others(tmp_path: Path):
         "rank 1 of 2 ended with exit code 3; the others were ended. The end of its log:"
     )
     assert lines[told + 1] == "  out of data"
+
+
+# MPICH has no Python package in the distribution beside Open MPI's: the library is called as it is.
+MPICH_REDUCE = """
+    import ctypes, ctypes.util
+    mpi = ctypes.CDLL("libmpich.so.12")
+    INT, SUM, WORLD = 0x4C000405, 0x58000003, 0x44000000
+    mpi.MPI_Init(None, None)
+    rank, total = ctypes.c_int(), ctypes.c_int()
+    mpi.MPI_Comm_rank(WORLD, ctypes.byref(rank))
+    mine = ctypes.c_int(rank.value + 1)
+    mpi.MPI_Allreduce(ctypes.byref(mine), ctypes.byref(total), 1, INT, SUM, WORLD)
+    print("total", total.value, flush=True)
+    if rank.value == 1 and __import__("sys").argv[1:]:
+        __import__("os")._exit(3)
+    mpi.MPI_Finalize()
+    """
+
+
+@pytest.fixture
+def mpich_path(tmp_path: Path) -> str:
+    """A ``PATH`` on which mpirun is MPICH's, whatever else is installed."""
+    mpirun = shutil.which("mpirun.mpich")
+    if mpirun is None:
+        missing("no mpirun of MPICH")
+        raise AssertionError
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "mpirun"  # no link: it looks for its helpers beside itself
+    program.write_text(f'#!/bin/sh\nexec {mpirun} "$@"\n')
+    program.chmod(0o755)
+    return f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+
+
+def test_real_processes_of_mpich_reduce_and_one_that_fails_is_told_of(
+    tmp_path: Path, mpich_path: str
+):
+    spec = {"framework": "mpi", "nodes": 1, "processes_per_node": 3, "parameter_servers": 0}
+    env = {"PATH": mpich_path}
+
+    code, lines = finish(start(tmp_path / "good", spec, MPICH_REDUCE, env=env))
+    assert code == 0, lines
+    assert {f"[rank {rank}] total 6" for rank in range(3)} <= set(lines)
+
+    bad = start(tmp_path / "bad", spec, MPICH_REDUCE, env=env, arguments=["fail"])
+    code, lines = finish(bad)
+    assert code == 3, lines
+    assert lines[-2:] == [
+        "rank 1 of 3 ended with exit code 3; the others were ended. The end of its log:",
+        "  total 6",
+    ]
 
 
 def test_ranks_of_mpi_may_use_every_processor(tmp_path: Path):

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.storage.blobs import BlobCache
+from airflow_mlpipelines.storage.stat_cache import StatCache
 from airflow_mlpipelines.storage.stores import StoreSet, open_store
 from airflow_mlpipelines.storage.transfer import (
     commit_output,
@@ -68,6 +73,74 @@ def test_moved_data_have_the_same_digest(stores, made):
 
     assert first.digest == second.digest
     assert first.uri != second.uri
+
+
+def modes(root):
+    return {
+        path.relative_to(root).as_posix(): stat.S_IMODE(path.lstat().st_mode)
+        for path in sorted(root.rglob("*"))
+        if not path.is_symlink()
+    }
+
+
+def test_nobody_may_write_to_the_files_of_an_output_on_a_file_store(tmp_path, made):
+    store = open_store("store", f"file://{tmp_path}/store")
+    theirs = tmp_path / "theirs.csv"
+    theirs.write_text("somebody's data, by another name")
+    (made / "run.sh").touch(0o775)
+    (made / "here").symlink_to("a.txt")
+    os.link(theirs, made / "theirs.csv")
+    for path in (made / "sub", theirs, made / "a.txt", made / "sub" / "b.txt"):
+        path.chmod(0o664 if path.is_file() else 0o775)
+    known = StatCache(tmp_path / "stat.sqlite")
+
+    commit_output(store, "run/out", made, step_run="r", cache=known)
+    (tmp_path / "model").write_text("1")
+    commit_output(store, "run/model", tmp_path / "model", step_run="r")
+
+    assert modes(tmp_path / "store/run") == {
+        "model": 0o444,
+        "out": stat.S_IMODE((tmp_path / "store/run/out").stat().st_mode),
+        "out/a.txt": 0o444,
+        "out/run.sh": 0o555,
+        "out/sub": 0o775,
+        "out/sub/b.txt": 0o444,
+        "out/theirs.csv": 0o664,
+    }
+    store.delete("run")  # as the cache does
+    assert not (tmp_path / "store/run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
+def test_who_gets_an_output_of_a_file_store_can_not_write_to_it(made):
+    """As a step whose worker has an ordinary user: root may write anywhere."""
+    with tempfile.TemporaryDirectory() as home:  # which that user may enter
+        place, nobody = Path(home, "store"), 65534
+        os.chmod(home, 0o755)
+        place.mkdir()
+        shutil.copytree(made, place / "made")
+        for path in (place, *place.rglob("*")):
+            os.chown(path, nobody, nobody)
+        write = f"open({str(place / 'run/out/a.txt')!r}, 'w')"
+
+        def as_nobody(program):
+            return subprocess.run(
+                ["/usr/bin/env", "python3", "-c", program],
+                user=nobody,
+                group=nobody,
+                extra_groups=(),
+                capture_output=True,
+                text=True,
+            )
+
+        store = open_store("store", f"file://{place}")
+        artifact = commit_output(store, "run/out", place / "made", step_run="r")
+
+        assert "PermissionError" in as_nobody(write).stderr
+        assert (place / "run/out/a.txt").read_text() == "hello"
+        assert missing_artifacts([artifact], StoreSet([store], "store")) == []
+        remove = f"import shutil; shutil.rmtree({str(place / 'run/out/sub')!r})"
+        assert as_nobody(remove).returncode == 0  # directories keep their rights: what is old goes
 
 
 @pytest.mark.parametrize(
