@@ -38,6 +38,8 @@ def gpu_daemon(root: Path, port: int) -> Iterator[GpuDaemon]:
     """Run a daemon that takes requests for GPUs, with the image busybox; at the end nothing of it is left."""
     if shutil.which("dockerd") is None or os.getuid() != 0:
         missing("no dockerd that a test could start")
+    if shutil.which("ip") is None:
+        missing("no ip, which makes a bridge")
     if not docker_cli("images", "-q", BUSYBOX):
         missing(f"the Docker daemon has no image {BUSYBOX} (.ci/busybox-image.sh makes one)")
     programs = root / "bin"
@@ -54,9 +56,13 @@ def gpu_daemon(root: Path, port: int) -> Iterator[GpuDaemon]:
         "--containerd-plugins-namespace",
         f"{root.name}-p",
     ]
-    command += ["--bridge", "none", "--iptables=false", "--ip6tables=false"]
+    # With none, it would remove the one that it finds: docker0, of the machine's own daemon.
+    bridge = f"mlp-{os.getpid()}"
+    command += ["--bridge", bridge, "--iptables=false", "--ip6tables=false"]
     command += ["--default-address-pool", "base=10.231.0.0/16,size=24"]
     log = root / "log"
+    _ip("link", "add", bridge, "type", "bridge")
+    _ip("address", "add", "10.230.255.1/24", "dev", bridge)
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
@@ -89,3 +95,8 @@ def gpu_daemon(root: Path, port: int) -> Iterator[GpuDaemon]:
         # One that did not come up leaves its folder mounted on itself.
         subprocess.run(["umount", f"{root}/data"], capture_output=True, check=False)
         shutil.rmtree(root, ignore_errors=True)
+        _ip("link", "delete", bridge)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, timeout=30)
