@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from airflow_mlpipelines.cli.stack import AirflowStack
 from airflow_mlpipelines.submission.rest import AirflowClient
+
+# Read when the driver of gs:// is imported. With it, the driver asks over gRPC what kind of bucket it has, for a minute
+# where nobody answers, as an emulator does not.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 @pytest.fixture(scope="module")
