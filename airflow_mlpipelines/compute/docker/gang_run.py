@@ -29,6 +29,7 @@ from airflow_mlpipelines.compute.docker.gpu_claims import claim_gpus
 from airflow_mlpipelines.compute.docker.logs import LogFollower
 from airflow_mlpipelines.compute.docker.watch import ContainerEnd, DaemonLostError, watch_container
 from airflow_mlpipelines.compute.gang_logs import GangLogs
+from airflow_mlpipelines.compute.stopped import ran_too_long, was_killed
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 from airflow_mlpipelines.runtime.nodes import FOLLOWED
 
@@ -85,7 +86,7 @@ class GangRun:
                 specs = plan_nodes(spec, launch, claim.ids)
                 if containers is None:
                     if self._killed:
-                        raise self._was_killed()
+                        raise was_killed(self._launch)
                     containers = start_nodes(client, launch, specs, handle, self._compute)
                     log.info("%s containers on network %s", len(containers), spec.name)
                 else:
@@ -186,14 +187,9 @@ class GangRun:
         launch = self._launch
         node = find_culprit(logs.ends)
         if self._killed:
-            raise self._was_killed(tuple(logs.tails[0]))
+            raise was_killed(self._launch, tuple(logs.tails[0]))
         if self._expired:
-            raise StepFailedError(
-                launch.step_name,
-                f"it ran longer than its timeout of {launch.timeout_seconds:g} seconds, and was killed",
-                exit_code=_code(logs.ends[0]),
-                log_tail=tuple(logs.tails[0]),
-            )
+            raise ran_too_long(launch, _code(logs.ends[0]), tuple(logs.tails[0]))
         if node is not None:
             logs.retell(node)
             error = end_failure(
@@ -205,9 +201,6 @@ class GangRun:
             )
             where = f"node {node} of {len(specs)}"
             raise error.at(where) if isinstance(error, StepFailedError) else error
-
-    def _was_killed(self, log_tail: tuple[str, ...] = ()) -> StepFailedError:
-        return StepFailedError(self._launch.step_name, "it was killed", log_tail=log_tail)
 
 
 def find_culprit(ends: Mapping[int, ContainerEnd]) -> int | None:

@@ -7,24 +7,22 @@ import threading
 import uuid
 from collections import deque
 from contextlib import suppress
-from dataclasses import replace
-from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import Launcher
-from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL, container_paths
+from airflow_mlpipelines.compute.container_layout import container_paths
+from airflow_mlpipelines.compute.docker.attending import (
+    ContainerAttendant,
+    find_survivor,
+    is_ours,
+)
 from airflow_mlpipelines.compute.docker.container import (
-    make_container,
     plan_container,
-    prepare_directories,
 )
 from airflow_mlpipelines.compute.docker.daemon import (
     connect,
-    daemon_url,
-    end_container,
     find_container,
-    is_name_taken,
     remove_container,
     stop_container,
     unreachable,
@@ -35,10 +33,8 @@ from airflow_mlpipelines.compute.docker.environments import (
     provide_image,
     recall_definition,
 )
-from airflow_mlpipelines.compute.docker.failures import end_failure, start_failure
 from airflow_mlpipelines.compute.docker.gang import find_survivors
 from airflow_mlpipelines.compute.docker.gang_run import GangRun
-from airflow_mlpipelines.compute.docker.gpu_claims import claim_gpus
 from airflow_mlpipelines.compute.docker.gpus import check_gpus
 from airflow_mlpipelines.compute.docker.hosts import (
     OWNER_FILE,
@@ -54,17 +50,10 @@ from airflow_mlpipelines.compute.docker.images import (
     pull_image,
     recall_image,
 )
-from airflow_mlpipelines.compute.docker.logs import LogFollower
 from airflow_mlpipelines.compute.docker.users import default_user
-from airflow_mlpipelines.compute.docker.watch import (
-    ALIVE,
-    ENDED,
-    ContainerEnd,
-    DaemonLostError,
-    watch_container,
-)
 from airflow_mlpipelines.compute.images import image_name, resolve_image
-from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
+from airflow_mlpipelines.compute.stopped import was_killed
+from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,7 +70,6 @@ if TYPE_CHECKING:
         StepLaunch,
     )
     from airflow_mlpipelines.compute.built_images import ImageDefinition
-    from airflow_mlpipelines.compute.docker.container import ContainerSpec
     from airflow_mlpipelines.definition.graph import (
         DockerComputeSpec,
         EnvironmentSpec,
@@ -109,7 +97,6 @@ class DockerLauncher(Launcher):
         self._owner_file: Path | None = None
         self._gang: GangRun | None = None
         self._killed = False
-        self._expired = False
         self._over = threading.Event()
 
     @cached_property
@@ -231,7 +218,7 @@ class DockerLauncher(Launcher):
                 be reached from here.
         """
         self._go_to_survivor(step_run_id, handle)
-        if self._find_survivor(self._client, step_run_id, handle) is not None:
+        if find_survivor(self._client, step_run_id, handle) is not None:
             return True
         return find_survivors(self._client, step_run_id, handle) is not None
 
@@ -260,33 +247,17 @@ class DockerLauncher(Launcher):
             if launch.nodes > 1:
                 self._gang = GangRun(launch, self._compute)
                 if self._killed:
-                    raise _killed(launch)
+                    raise was_killed(launch)
                 self._gang.run(client, spec, emit=emit, handle=handle)
                 return
-            survivor = self._find_survivor(client, spec.name, handle)
-            with claim_gpus(
-                client,
-                self._compute,
-                launch,
-                [spec.name],
-                adopted=None if survivor is None else [survivor],
-                emit=emit,
-                cancelled=lambda: self._killed,
-            ) as claim:
-                if survivor is None:
-                    spec = replace(spec, gpu_ids=claim.ids)
-                    container = self._start(client, launch, spec, handle)
-                    claim.started()
-                else:
-                    container = str(survivor["Id"])
-                    log.info(
-                        "Adopting container %s of an earlier try, with its log so far:", spec.name
-                    )
-                end = self._attend(client, launch, container, hand_on, handle)
+            attendant = ContainerAttendant(
+                client, self._compute, launch, handle=handle, is_killed=lambda: self._killed
+            )
+            end = attendant.run(spec, hand_on)
         finally:
             self._name = None
             self._over.set()
-        self._check(launch, spec, end, tuple(tail))
+        attendant.check(spec, end, tuple(tail))
 
     def kill(self) -> None:
         """End the container and remove it: two seconds after SIGTERM, nothing in it is left.
@@ -305,7 +276,7 @@ class DockerLauncher(Launcher):
         # What fails here, run() finds out; and what is left, the next try removes.
         with suppress(ComputeUnavailableError, OSError):
             client = connect(self._compute, timeout=_KILL_TIMEOUT)
-            if _is_ours(find_container(client, name), name):
+            if is_ours(find_container(client, name), name):
                 stop_container(client, name)
                 # A log that is followed does not end if its container goes at once.
                 self._over.wait(_LOG_END_SECONDS)
@@ -330,137 +301,3 @@ class DockerLauncher(Launcher):
             return self._owner_file is None or self._owner_file.read_text("utf-8") == self._token
         except FileNotFoundError:
             return False  # a later try has taken the directories down and begun anew
-
-    def _find_survivor(
-        self, client: APIClient, step_run_id: str, handle: HandleStore
-    ) -> Mapping[str, Any] | None:
-        """Return the container of an earlier try to adopt; remove what is not to be adopted.
-
-        A container that ended is adopted only while the handle says that nobody has read its end.
-        """
-        found = find_container(client, step_run_id)
-        if found is None or not _is_ours(found, step_run_id):
-            return None
-        noted = (handle.get() or {}).get("container")
-        status = found["State"]["Status"]
-        if (status in ALIVE and noted in (None, found["Id"])) or (
-            status in ENDED and noted == found["Id"]
-        ):
-            return found
-        log.info(
-            "Removing container %s, which an earlier try left behind (%s)", step_run_id, status
-        )
-        remove_container(client, found["Id"])
-        return None
-
-    def _start(
-        self, client: APIClient, launch: StepLaunch, spec: ContainerSpec, handle: HandleStore
-    ) -> str:
-        """Return the id of the started container; whatever fails on the way leaves none."""
-        from docker.errors import APIError
-
-        uid = prepare_directories(client, launch, spec)
-        try:
-            container = make_container(spec, client, uid=uid)
-            # Noted before it starts: whatever runs can be found again.
-            handle.set({"launcher": "docker", "container": container})
-            if not self._killed:  # a kill before now may have found no container
-                client.start(container)
-                return container
-        except APIError as error:
-            if not is_name_taken(error):
-                self._discard(client, spec.name)
-                handle.set(None)
-            if not self._killed:  # else it was removed before it could start
-                raise start_failure(
-                    launch.step_name, error, spec, daemon_url(self._compute)
-                ) from error
-        except BaseException:
-            self._discard(client, spec.name)
-            raise
-        self._discard(client, spec.name)
-        raise _killed(launch)
-
-    def _attend(
-        self,
-        client: APIClient,
-        launch: StepLaunch,
-        container: str,
-        emit: Emit,
-        handle: HandleStore,
-    ) -> ContainerEnd:
-        """Return how the container ended; it is removed then."""
-        over = threading.Event()
-        if launch.timeout_seconds is not None:
-            arguments = (container, launch.timeout_seconds, over)
-            threading.Thread(target=self._enforce_timeout, args=arguments, daemon=True).start()
-        try:
-            end = watch_container(client, container, LogFollower(client, container, emit))
-        except DaemonLostError as error:
-            raise unreachable(self._compute, str(error)) from error
-        except BaseException:  # above all a timeout or an interrupt, which Airflow raises in here
-            with suppress(ComputeUnavailableError, OSError):
-                end_container(connect(self._compute), container)
-            handle.set(None)
-            raise
-        finally:
-            over.set()
-        self._discard(client, container)
-        handle.set(None)
-        return end
-
-    def _enforce_timeout(self, container: str, seconds: float, over: threading.Event) -> None:
-        """End the container when its time is up, counted from its start, also if another try began it."""
-        left = seconds
-        with suppress(ComputeUnavailableError, OSError, ValueError):
-            found = find_container(connect(self._compute), container)
-            if found is not None:
-                started = datetime.fromisoformat(found["State"]["StartedAt"])
-                left -= (datetime.now(UTC) - started).total_seconds()
-        if over.wait(min(max(left, 0.0), seconds)):
-            return
-        self._expired = True
-        while not over.is_set():
-            with suppress(ComputeUnavailableError, OSError):
-                stop_container(connect(self._compute), container)
-                return
-            over.wait(1.0)
-
-    def _discard(self, client: APIClient, container: str) -> None:
-        """Remove a container whose end was read. If that fails the next one of this name does it."""
-        try:
-            remove_container(client, container)
-        except OSError as error:  # docker's and requests' errors are OSErrors
-            log.warning("Container %s could not be removed: %s", container, error)
-
-    def _check(
-        self, launch: StepLaunch, spec: ContainerSpec, end: ContainerEnd, log_tail: tuple[str, ...]
-    ) -> None:
-        """Return if the container ended well.
-
-        Raises:
-            StepFailedError: It did not.
-            ComputeUnavailableError: The daemon went away, and the container with it.
-        """
-        step = launch.step_name
-        code = end.state["ExitCode"] if end.state is not None else None
-        if self._killed:
-            raise _killed(launch, log_tail)
-        if self._expired:
-            raise StepFailedError(
-                step,
-                f"it ran longer than its timeout of {launch.timeout_seconds:g} seconds, and was killed",
-                exit_code=code,
-                log_tail=log_tail,
-            )
-        if code != 0:
-            raise end_failure(step, end, spec, daemon_url(self._compute), log_tail)
-
-
-def _is_ours(container: Mapping[str, Any] | None, step_run_id: str) -> bool:
-    labels = (container or {}).get("Config", {}).get("Labels") or {}
-    return bool(labels.get(STEP_RUN_LABEL) == step_run_id)
-
-
-def _killed(launch: StepLaunch, log_tail: tuple[str, ...] = ()) -> StepFailedError:
-    return StepFailedError(launch.step_name, "it was killed", log_tail=log_tail)

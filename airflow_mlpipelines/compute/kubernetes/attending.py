@@ -25,7 +25,6 @@ from airflow_mlpipelines.compute.kubernetes.following import (
     TAIL_LINES,
     PodFollower,
     Stops,
-    was_killed,
 )
 from airflow_mlpipelines.compute.kubernetes.lifetime import (
     KILL_SECONDS,
@@ -54,6 +53,7 @@ from airflow_mlpipelines.compute.kubernetes.watch import (
     await_removal,
     container_state,
 )
+from airflow_mlpipelines.compute.stopped import ran_too_long, was_killed
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 
 if TYPE_CHECKING:
@@ -172,12 +172,7 @@ class PodAttendant:
         if self._stops.killed:
             raise was_killed(self._launch, log_tail)
         if self._stops.expired:
-            raise StepFailedError(
-                self._launch.step_name,
-                f"it ran longer than its timeout of {self._launch.timeout_seconds:g} seconds, and was killed",
-                exit_code=code,
-                log_tail=log_tail,
-            )
+            raise ran_too_long(self._launch, code, log_tail)
         if code != 0:
             raise end_failure(self._launch.step_name, end, self._spec, log_tail)
 

@@ -34,7 +34,7 @@ from airflow_mlpipelines.compute.kubernetes.watch import (
     is_leaving,
     watch_step,
 )
-from airflow_mlpipelines.exceptions import StepFailedError
+from airflow_mlpipelines.compute.stopped import was_killed
 
 if TYPE_CHECKING:
     import threading
@@ -89,11 +89,6 @@ def choose_stay(
         )
         return math.inf
     return time.monotonic() + compute.defer_after_seconds
-
-
-def was_killed(launch: StepLaunch, log_tail: tuple[str, ...] = ()) -> StepFailedError:
-    """Return what to raise for a step that somebody has stopped."""
-    return StepFailedError(launch.step_name, "it was killed", log_tail=log_tail)
 
 
 class PodFollower:

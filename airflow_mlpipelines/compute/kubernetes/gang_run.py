@@ -57,6 +57,7 @@ from airflow_mlpipelines.compute.kubernetes.watch import (
     is_over,
     watch_step,
 )
+from airflow_mlpipelines.compute.stopped import ran_too_long, was_killed
 from airflow_mlpipelines.compute.threads import in_parallel
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 from airflow_mlpipelines.runtime.nodes import FOLLOWED
@@ -119,7 +120,7 @@ class GangAttendant:
         pods = self._find()
         if pods is None:
             if self._stops.killed:
-                raise self._was_killed()
+                raise was_killed(self._launch)
             hand_over(self._spec.pod)
             made = make_when_room(
                 lambda: create_gang(self._cluster, self._spec, self._token),
@@ -130,7 +131,7 @@ class GangAttendant:
                 is_stopped=lambda: self._stops.killed,
             )
             if made is None:
-                raise self._was_killed()
+                raise was_killed(self._launch)
             job, self._stops.look = made, lambda: made
             self._prepare(job)
         else:
@@ -230,7 +231,7 @@ class GangAttendant:
         except GangStillWaitingError as error:
             raise self._detach(error.pods, awaits) from None
         if self._stops.killed:
-            raise self._was_killed()
+            raise was_killed(self._launch)
         return pods
 
     def _attend(self, emit: Emit) -> GangLogs[PodEnd]:
@@ -377,23 +378,15 @@ class GangAttendant:
         """
         step = self._launch.step_name
         if self._stops.killed:
-            raise self._was_killed(tuple(logs.tails[0]))
+            raise was_killed(self._launch, tuple(logs.tails[0]))
         if self._stops.expired:
-            raise StepFailedError(
-                step,
-                f"it ran longer than its timeout of {self._launch.timeout_seconds:g} seconds, and was killed",
-                exit_code=_code(logs.ends[0]),
-                log_tail=tuple(logs.tails[0]),
-            )
+            raise ran_too_long(self._launch, _code(logs.ends[0]), tuple(logs.tails[0]))
         node = find_culprit(logs.ends)
         if node is not None:
             logs.retell(node)
             end = logs.ends[node]
             error = end_failure(step, end, self._spec.pod, tuple(logs.tails[node]))
             raise at_node(error, end.pod, self._spec)
-
-    def _was_killed(self, log_tail: tuple[str, ...] = ()) -> StepFailedError:
-        return StepFailedError(self._launch.step_name, "it was killed", log_tail=log_tail)
 
 
 def find_culprit(ends: Mapping[int, PodEnd]) -> int | None:
