@@ -6,7 +6,6 @@ import logging
 import threading
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
@@ -16,6 +15,7 @@ from airflow_mlpipelines.compute.docker.daemon import (
     daemon_url,
     end_container,
     find_container,
+    find_start,
     is_name_taken,
     remove_container,
     stop_container,
@@ -32,6 +32,7 @@ from airflow_mlpipelines.compute.docker.watch import (
     watch_container,
 )
 from airflow_mlpipelines.compute.stopped import ran_too_long, was_killed
+from airflow_mlpipelines.compute.time_limits import enforce_timeout
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
 if TYPE_CHECKING:
@@ -148,9 +149,12 @@ class ContainerAttendant:
     def _attend(self, container: str, emit: Emit) -> ContainerEnd:
         """Return how the container ended; it is removed then."""
         client, handle, over = self._client, self._handle, threading.Event()
-        if self._launch.timeout_seconds is not None:
-            arguments = (container, self._launch.timeout_seconds, over)
-            threading.Thread(target=self._enforce_timeout, args=arguments, daemon=True).start()
+        enforce_timeout(
+            self._launch.timeout_seconds,
+            over,
+            find_start=lambda: find_start(self._compute, container),
+            end=lambda: self._end_late(container),
+        )
         try:
             end = watch_container(client, container, LogFollower(client, container, emit))
         except DaemonLostError as error:
@@ -166,22 +170,9 @@ class ContainerAttendant:
         handle.set(None)
         return end
 
-    def _enforce_timeout(self, container: str, seconds: float, over: threading.Event) -> None:
-        """End the container when its time is up, counted from its start, also if another try began it."""
-        left = seconds
-        with suppress(ComputeUnavailableError, OSError, ValueError):
-            found = find_container(connect(self._compute), container)
-            if found is not None:
-                started = datetime.fromisoformat(found["State"]["StartedAt"])
-                left -= (datetime.now(UTC) - started).total_seconds()
-        if over.wait(min(max(left, 0.0), seconds)):
-            return
+    def _end_late(self, container: str) -> None:
         self._expired = True
-        while not over.is_set():
-            with suppress(ComputeUnavailableError, OSError):
-                stop_container(connect(self._compute), container)
-                return
-            over.wait(1.0)
+        stop_container(connect(self._compute), container)
 
     def _discard(self, container: str) -> None:
         """Remove a container whose end was read. If that fails the next one of this name does it."""

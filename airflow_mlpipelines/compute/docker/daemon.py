@@ -78,6 +78,12 @@ def find_container(client: APIClient, name: str) -> dict[str, Any] | None:
     return found
 
 
+def find_start(compute: DockerComputeSpec, name: str) -> str | None:
+    """Return when a container was started, as ISO 8601; None if it is not there."""
+    found = find_container(connect(compute), name)
+    return str(found["State"]["StartedAt"]) if found is not None else None
+
+
 def stop_container(client: APIClient, name: str) -> None:
     """End the container's processes: two seconds after SIGTERM they are killed. Gone is fine."""
     from docker.errors import NotFound

@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from airflow_mlpipelines.compute.docker.daemon import (
     connect,
     daemon_url,
     find_container,
+    find_start,
     unreachable,
 )
 from airflow_mlpipelines.compute.docker.failures import end_failure
@@ -30,6 +30,7 @@ from airflow_mlpipelines.compute.docker.logs import LogFollower
 from airflow_mlpipelines.compute.docker.watch import ContainerEnd, DaemonLostError, watch_container
 from airflow_mlpipelines.compute.gang_logs import GangLogs
 from airflow_mlpipelines.compute.stopped import ran_too_long, was_killed
+from airflow_mlpipelines.compute.time_limits import enforce_timeout
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 from airflow_mlpipelines.runtime.nodes import FOLLOWED
 
@@ -117,9 +118,12 @@ class GangRun:
         """Return the logs with all nodes' ends; the containers are removed then."""
         launch = self._launch
         over = threading.Event()
-        if launch.timeout_seconds is not None:
-            arguments = (containers[0], launch.timeout_seconds, over)
-            threading.Thread(target=self._enforce_timeout, args=arguments, daemon=True).start()
+        enforce_timeout(
+            launch.timeout_seconds,
+            over,
+            find_start=lambda: find_start(self._compute, containers[0]),
+            end=self._end_late,
+        )
         logs = GangLogs([partial(self._watch, container) for container in containers], emit)
         try:
             self._await_all(logs, len(containers))
@@ -160,22 +164,9 @@ class GangRun:
             elif _code(ended[1]) != 0 and deadline is None and len(logs.ends) < count:
                 deadline = time.monotonic() + _FOLLOW_SECONDS
 
-    def _enforce_timeout(self, container: str, seconds: float, over: threading.Event) -> None:
-        """End all when their time is up, counted from the first one's start, also if another try began it."""
-        left = seconds
-        with suppress(ComputeUnavailableError, OSError, ValueError):
-            found = find_container(connect(self._compute), container)
-            if found is not None:
-                started = datetime.fromisoformat(found["State"]["StartedAt"])
-                left -= (datetime.now(UTC) - started).total_seconds()
-        if over.wait(min(max(left, 0.0), seconds)):
-            return
+    def _end_late(self) -> None:
         self._expired = True
-        while not over.is_set():
-            with suppress(ComputeUnavailableError, OSError):
-                stop_nodes(self._compute, self._launch.step_run_id)
-                return
-            over.wait(1.0)
+        stop_nodes(self._compute, self._launch.step_run_id)
 
     def _check(self, specs: Sequence[ContainerSpec], logs: GangLogs[ContainerEnd]) -> None:
         """Return if all nodes ended well.

@@ -218,11 +218,7 @@ class PodAttendant:
             if self._launch.carriage:
                 self._follower.follow_staging(emit)
             pod = self._follower.await_step()
-            if self._launch.timeout_seconds is not None:
-                arguments = (pod, self._launch.timeout_seconds, over)
-                threading.Thread(
-                    target=self._follower.enforce_timeout, args=arguments, daemon=True
-                ).start()
+            self._follower.enforce_timeout(pod, over)
             end = self._follower.follow(pod, emit)
             over.set()  # what it has made takes its own time to be fetched
             if not belongs_to(end.pod, self._token):

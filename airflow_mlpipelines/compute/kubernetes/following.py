@@ -7,7 +7,6 @@ import math
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.base import DetachedError
@@ -35,6 +34,7 @@ from airflow_mlpipelines.compute.kubernetes.watch import (
     watch_step,
 )
 from airflow_mlpipelines.compute.stopped import was_killed
+from airflow_mlpipelines.compute.time_limits import enforce_timeout
 
 if TYPE_CHECKING:
     import threading
@@ -251,21 +251,18 @@ class PodFollower:
                 position = {spec.name: follower.to_dict()}
                 raise self.detach(error.pod, Awaited.END, logs=position) from None
 
-    def enforce_timeout(
-        self, pod: Mapping[str, Any], seconds: float, over: threading.Event
-    ) -> None:
-        """End the pod when the step's time is up, counted from its start, also if another try began it."""
-        left = seconds
-        began = container_state(pod, STEP)[1].get("startedAt")
-        if began is not None:
-            left -= (datetime.now(UTC) - datetime.fromisoformat(began)).total_seconds()
-        if over.wait(min(max(left, 0.0), seconds)):
-            return
-        self._stops.expired = True
-        cluster = self._cluster.again()
-        while not over.is_set():
-            with suppress(ClusterError):
-                meta = pod["metadata"]
-                cluster.delete("pods", meta["name"], seconds=KILL_SECONDS, uid=meta["uid"])
-                return
-            over.wait(1.0)
+    def enforce_timeout(self, pod: Mapping[str, Any], over: threading.Event) -> None:
+        """Have the pod ended when the step's time is up, unless it is over before."""
+        meta = pod["metadata"]
+
+        def end() -> None:
+            self._stops.expired = True
+            cluster = self._cluster.again()
+            cluster.delete("pods", meta["name"], seconds=KILL_SECONDS, uid=meta["uid"])
+
+        enforce_timeout(
+            self._launch.timeout_seconds,
+            over,
+            find_start=lambda: container_state(pod, STEP)[1].get("startedAt"),
+            end=end,
+        )

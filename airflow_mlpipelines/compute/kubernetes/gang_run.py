@@ -7,7 +7,6 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +58,7 @@ from airflow_mlpipelines.compute.kubernetes.watch import (
 )
 from airflow_mlpipelines.compute.stopped import ran_too_long, was_killed
 from airflow_mlpipelines.compute.threads import in_parallel
+from airflow_mlpipelines.compute.time_limits import enforce_timeout
 from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
 from airflow_mlpipelines.runtime.nodes import FOLLOWED
 
@@ -244,9 +244,12 @@ class GangAttendant:
         logs: GangLogs[PodEnd] | None = None
         try:
             pods = self._await(lambda pod: container_state(pod, STEP)[0] != "waiting", Awaited.END)
-            if self._launch.timeout_seconds is not None:
-                arguments = (pods[0], self._launch.timeout_seconds, over)
-                threading.Thread(target=self._enforce_timeout, args=arguments, daemon=True).start()
+            enforce_timeout(
+                self._launch.timeout_seconds,
+                over,
+                find_start=lambda: container_state(pods[0], STEP)[1].get("startedAt"),
+                end=self._end_late,
+            )
             logs = GangLogs([partial(self._watch, pod) for pod in pods], emit)
             first = str(pods[0]["metadata"]["name"])
             with RunFileRelay(cluster, first, self._launch.stage):
@@ -353,22 +356,9 @@ class GangAttendant:
             elif deadline is None and _code(ended[1]) != 0 and not self._left:
                 deadline = time.monotonic() + _FOLLOW_SECONDS
 
-    def _enforce_timeout(
-        self, pod: Mapping[str, Any], seconds: float, over: threading.Event
-    ) -> None:
-        """End all pods when the step's time is up, counted from its start, also if another try began it."""
-        left = seconds
-        began = container_state(pod, STEP)[1].get("startedAt")
-        if began is not None:
-            left -= (datetime.now(UTC) - datetime.fromisoformat(began)).total_seconds()
-        if over.wait(min(max(left, 0.0), seconds)):
-            return
+    def _end_late(self) -> None:
         self._stops.expired = True
-        while not over.is_set():
-            with suppress(ClusterError):
-                discard_gang(self._cluster.again(), self._launch.step_run_id)
-                return
-            over.wait(1.0)
+        discard_gang(self._cluster.again(), self._launch.step_run_id)
 
     def _check(self, logs: GangLogs[PodEnd]) -> None:
         """Return if all nodes ended well.
