@@ -207,7 +207,7 @@ def test_a_retry_adopts_a_pod_that_is_the_step_alone(
 def test_a_claim_that_is_not_there_is_named_and_not_waited_for(
     step: MountedStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("airflow_mlpipelines.compute.kubernetes.failures._CLAIM_SECONDS", 1.0)
+    monkeypatch.setattr("airflow_mlpipelines.compute.kubernetes.starting._CLAIM_SECONDS", 1.0)
     launcher = step.launcher(shared_volumes={str(step.volume): "ml-typo/team"})
     with pytest.raises(
         StepFailedError, match=r"no PersistentVolumeClaim 'ml-typo'.*shared_volumes"
