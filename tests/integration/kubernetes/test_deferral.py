@@ -170,7 +170,7 @@ def test_a_pod_taken_away_is_launched_again_and_costs_no_retry(world: World) -> 
     assert run.finish() == "success", run.log()
     assert run.task["try_number"] == 1
     assert re.search(r"took its pod away \(.*\); launched again \(1 of 5\)", run.log())
-    assert run.numbers()[-60:] == list(range(60))
+    assert run.numbers()[-60:] == list(range(60)), run.log()
     assert run.numbers().count(0) == 2  # what the first pod has printed is still there
     assert run.has_left_nothing()
 
