@@ -44,6 +44,7 @@ COUNT = '\\n'.join([
     "import sys, time",
     "for number in range(int(sys.argv[1])):",
     "    print('number', number, flush=True); time.sleep(0.1)",
+    "time.sleep(2)",  # containerd 1.6 may drop what a program prints right before its end
     "open(sys.argv[2], 'w').write('counted ' + sys.argv[1])",
 ])
 
