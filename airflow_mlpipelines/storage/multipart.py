@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.storage.parts import Part
     from airflow_mlpipelines.storage.stores import Store
 
+SLOWEST = 32 << 10
+"""Bytes a second: a part that is slower does not get there."""
+_READ_TIMEOUT = 60.0
+"""botocore's own."""
+_TRIES = 3
 md5 = partial(hashlib.md5, usedforsecurity=False)
 _KEPT_HEADERS = (
     "CacheControl",
@@ -71,9 +76,37 @@ class S3Upload:
             marker = page["NextPartNumberMarker"]
 
     def send(self, upload_id: str, part: Part, data: bytes | memoryview) -> str:
-        """Send a part and return its etag."""
+        """Send a part and return its etag.
+
+        A connection that breaks in the middle can leave the client waiting for ever, whatever its timeouts. So a part has
+        its time, and is sent again, a few times.
+
+        Raises:
+            FSTimeoutError: It did not get there.
+        """
+        from fsspec.asyn import sync
+        from fsspec.exceptions import FSTimeoutError
+
+        filesystem = self._filesystem
         numbered = {"PartNumber": part.number + 1, "UploadId": upload_id}
-        return str(self._call("upload_part", Body=as_bytes(data), **numbered)["ETag"])
+        place = {"Bucket": self._bucket, "Key": self._key, "Body": as_bytes(data)}
+        quiet = float((filesystem.config_kwargs or {}).get("read_timeout") or _READ_TIMEOUT)
+        allowed = quiet + len(data) / SLOWEST
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                answer = sync(
+                    filesystem.loop,
+                    filesystem._call_s3,  # noqa: SLF001 - as fsspec names what its calls wait for
+                    "upload_part",
+                    timeout=allowed,
+                    **place,
+                    **numbered,
+                )
+                return str(answer["ETag"])
+            except FSTimeoutError:
+                if not tries_left:
+                    raise
+        raise AssertionError
 
     def copy(self, upload_id: str, part: Part, source: str, etag: str | None) -> str:
         """Let S3 copy a part of an object that it has, of this version, and return the part's etag."""

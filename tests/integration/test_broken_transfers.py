@@ -31,6 +31,11 @@ SLACK = 2 << 20  # what HTTP and the listings add
 FILES = 400
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr("airflow_mlpipelines.storage.multipart.SLOWEST", 1 << 20)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """A real server, behind a proxy that can break: where its files are, and the proxy."""
@@ -60,7 +65,7 @@ def proxy(served):
 def place(bucket, proxy):
     """The datastore's address, and the arguments with which it is opened."""
     client = {"endpoint_url": f"http://127.0.0.1:{proxy.port}", "region_name": "us-east-1"}
-    quick = {"retries": {"max_attempts": 0}, "connect_timeout": 5, "read_timeout": 60}
+    quick = {"retries": {"max_attempts": 0}, "connect_timeout": 5, "read_timeout": 10}
     options = {"key": S3_KEYS[0], "secret": S3_KEYS[1], "client_kwargs": client}
     return f"s3://{bucket.name}/team", {**options, "config_kwargs": quick}
 
