@@ -14,6 +14,12 @@ from airflow_mlpipelines.submission.rest import AirflowClient
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
+@pytest.fixture(autouse=True)
+def _quick_parts(monkeypatch):
+    """Let a part that hangs on a broken connection be sent again after seconds, not minutes."""
+    monkeypatch.setattr("airflow_mlpipelines.storage.multipart.SLOWEST", 1 << 20)
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     """A running Airflow with an empty DAG folder; ended afterwards, whatever happens."""

@@ -31,11 +31,6 @@ SLACK = 2 << 20  # what HTTP and the listings add
 FILES = 400
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr("airflow_mlpipelines.storage.multipart.SLOWEST", 1 << 20)
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """A real server, behind a proxy that can break: where its files are, and the proxy."""
