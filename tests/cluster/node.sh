@@ -84,7 +84,9 @@ set_up_network() { # one bridge that the pods hang on; its address is the node's
   ip address add "198.19.$number.2/30" dev eth0
   ip link set eth0 up
   ip route add default via "198.19.$number.1"
-  ip link add pods type bridge
+  # Without an address of its own, a bridge takes the lowest of its ports', another one whenever a pod comes or goes: the
+  # other pods then send to nobody for half a minute.
+  ip link add pods address 02:00:c6:12:00:01 type bridge
   ip address add "$node/24" dev pods
   ip link set pods up
   echo 1 >/proc/sys/net/ipv4/ip_forward
