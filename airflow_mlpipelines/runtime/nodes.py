@@ -10,6 +10,7 @@ import json
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ class Place:
         return next((host for host in self.hosts if host.partition(".")[0] == short), None)
 
 
-class Nodes:
+class Nodes(ABC):
     """The other nodes, as this one sees them. One of :func:`meet`'s two kinds."""
 
     plan: dict[str, Any]
@@ -81,17 +82,17 @@ class Nodes:
     blamed_for: tuple[str, ...] = ()
     """The end of the log of the rank for which this node has to answer, once :meth:`verdict` says so."""
 
+    @abstractmethod
     def verdict(self) -> tuple[int, str] | None:
         """Return the exit code for this node and, if it is not 0, why; None as long as all goes well."""
-        raise NotImplementedError
 
+    @abstractmethod
     def done(self) -> None:
         """Say that all has ended well here. May be said again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fail(self, code: int, why: str) -> None:
         """Say that something has failed here: all others end."""
-        raise NotImplementedError
 
     def blame(self, node: int, code: int, why: str, tail: Sequence[str]) -> None:
         """Have all other nodes end; ``node`` with ``code``, and the end of the log of the rank that failed there.
@@ -100,9 +101,9 @@ class Nodes:
         """
         raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Leave; what was said still arrives."""
-        raise NotImplementedError
 
 
 def meet(place: Place, offer: dict[str, Any]) -> Nodes:

@@ -84,29 +84,20 @@ class S3Upload:
         Raises:
             FSTimeoutError: It did not get there.
         """
-        from fsspec.asyn import sync
         from fsspec.exceptions import FSTimeoutError
 
-        filesystem = self._filesystem
         numbered = {"PartNumber": part.number + 1, "UploadId": upload_id}
-        place = {"Bucket": self._bucket, "Key": self._key, "Body": as_bytes(data)}
-        quiet = float((filesystem.config_kwargs or {}).get("read_timeout") or _READ_TIMEOUT)
-        allowed = quiet + len(data) / SLOWEST
-        for tries_left in reversed(range(_TRIES)):
-            try:
-                answer = sync(
-                    filesystem.loop,
-                    filesystem._call_s3,  # noqa: SLF001 - as fsspec names what its calls wait for
-                    "upload_part",
-                    timeout=allowed,
-                    **place,
-                    **numbered,
-                )
-                return str(answer["ETag"])
-            except FSTimeoutError:
-                if not tries_left:
-                    raise
-        raise AssertionError
+        quiet = (self._filesystem.config_kwargs or {}).get("read_timeout") or _READ_TIMEOUT
+        allowed = float(quiet) + len(data) / SLOWEST
+
+        def send() -> str:
+            answer = self._call("upload_part", allowed, Body=as_bytes(data), **numbered)
+            return str(answer["ETag"])
+
+        for _ in range(_TRIES - 1):
+            with suppress(FSTimeoutError):
+                return send()
+        return send()
 
     def copy(self, upload_id: str, part: Part, source: str, etag: str | None) -> str:
         """Let S3 copy a part of an object that it has, of this version, and return the part's etag."""
@@ -145,9 +136,15 @@ class S3Upload:
             return "customer"
         return answer.get("ServerSideEncryption")
 
-    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = self._filesystem.call_s3(
-            method, Bucket=self._bucket, Key=self._key, **arguments
+    def _call(
+        self, method: str, timeout: float | None = None, /, **arguments: Any
+    ) -> dict[str, Any]:
+        from fsspec.asyn import sync
+
+        filesystem, place = self._filesystem, {"Bucket": self._bucket, "Key": self._key}
+        call = filesystem._call_s3  # noqa: SLF001 - as fsspec names what its calls wait for
+        answer: dict[str, Any] = sync(
+            filesystem.loop, call, method, timeout=timeout, **place, **arguments
         )
         return answer
 

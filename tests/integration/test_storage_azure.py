@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -17,9 +16,6 @@ from airflow_mlpipelines.definition.graph import DatastoreSpec
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.operators.connections import open_datastore
 from airflow_mlpipelines.storage.blobs import BlobCache
-from airflow_mlpipelines.storage.copying import Transfer
-from airflow_mlpipelines.storage.ends import open_end
-from airflow_mlpipelines.storage.journal import Journal
 from airflow_mlpipelines.storage.parts import PART, THREADS
 from airflow_mlpipelines.storage.stores import StoreSet, open_store
 from airflow_mlpipelines.storage.transfer import (
@@ -32,6 +28,7 @@ from airflow_mlpipelines.storage.trees import digest_tree
 from airflow_mlpipelines.storage.uploads import upload_files
 from tests.integration.azurite_server import ACCOUNT, KEY, connection_string, run_azurite
 from tests.integration.breaking_proxy import BreakingProxy
+from tests.integration.moving import make_tree, transfer
 from tests.integration.test_broken_moves import WORK
 from tests.integration.test_broken_moves import transfer as move
 from tests.integration.test_broken_transfers import kill_in_the_middle
@@ -75,12 +72,7 @@ def store(connect):
 @pytest.fixture
 def made(tmp_path):
     """A directory that a step made."""
-    root = tmp_path / "made"
-    (root / "sub").mkdir(parents=True)
-    (root / "a.txt").write_text("hello")
-    (root / "sub" / "grüße 🛫.txt").write_text("world")
-    (root / "large").write_bytes(os.urandom(20 << 20))
-    return root
+    return make_tree(tmp_path / "made")
 
 
 def test_a_tree_goes_to_the_container_and_comes_back(store, made, tmp_path):
@@ -96,16 +88,6 @@ def test_a_tree_goes_to_the_container_and_comes_back(store, made, tmp_path):
     assert pin_external(store, "run/out", how="version").digest != version.digest
     store.delete("run/out")
     assert "is gone" in missing_artifacts([artifact], stores)[0][1]
-
-
-def transfer(tmp_path, source, target):
-    """Transfer what is at a path of a datastore to a path of another one."""
-    ends = open_end(*source), open_end(*target)
-    notes = open_store("notes", f"file://{tmp_path}/notes")
-    journal = Journal(notes, ends[0].uri, ends[1].uri)
-    artifact = pin_external(*source, how="version")
-    blobs, stop = BlobCache(tmp_path / "b"), threading.Event()
-    return Transfer(artifact, *ends, journal, blobs, lambda _: None, stop).run()
 
 
 def test_data_are_transferred_in_and_copied_within_the_store(store, made, tmp_path):

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
-import threading
 
 import pytest
 
 from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.storage.blobs import BlobCache
-from airflow_mlpipelines.storage.copying import Transfer
-from airflow_mlpipelines.storage.ends import open_end
-from airflow_mlpipelines.storage.journal import Journal
 from airflow_mlpipelines.storage.stores import StoreSet, open_store
 from airflow_mlpipelines.storage.transfer import (
     commit_output,
@@ -23,6 +18,7 @@ from airflow_mlpipelines.storage.transfer import (
 from airflow_mlpipelines.storage.trees import digest_tree
 from airflow_mlpipelines.storage.uploads import upload_files
 from tests.integration.gcs_server import run_gcs
+from tests.integration.moving import make_tree, transfer
 
 _numbers = itertools.count()
 
@@ -42,12 +38,7 @@ def store(arguments):
 @pytest.fixture
 def made(tmp_path):
     """A directory that a step made."""
-    root = tmp_path / "made"
-    (root / "sub").mkdir(parents=True)
-    (root / "a.txt").write_text("hello")
-    (root / "sub" / "grüße 🛫.txt").write_text("world")
-    (root / "large").write_bytes(os.urandom(20 << 20))
-    return root
+    return make_tree(tmp_path / "made")
 
 
 def test_a_tree_goes_to_the_bucket_and_comes_back(store, made, tmp_path):
@@ -81,16 +72,6 @@ def test_files_are_uploaded_to_a_place_of_others(store, made):
     with pytest.raises(DataError, match=r"holds \['a.txt'\] already"):
         upload_files(store, "shared", made, overwrite=False, step_run="s")
     assert store.read_bytes("shared/theirs.txt") == b"theirs"
-
-
-def transfer(tmp_path, source, target):
-    """Transfer what is at a path of a datastore to a path of another one."""
-    ends = open_end(*source), open_end(*target)
-    notes = open_store("notes", f"file://{tmp_path}/notes")
-    journal = Journal(notes, ends[0].uri, ends[1].uri)
-    artifact = pin_external(*source, how="version")
-    blobs, stop = BlobCache(tmp_path / "b"), threading.Event()
-    return Transfer(artifact, *ends, journal, blobs, lambda _: None, stop).run()
 
 
 def test_data_are_transferred_in_copied_within_the_store_and_out(store, made, tmp_path):
