@@ -2,13 +2,15 @@
 
 ``stage`` speaks in plain lines, which are its container's log; why it failed is in the container's termination
 message. ``commit`` and ``keep`` speak to the worker that runs them: each line of theirs is a JSON object, ``{"say":
-"…"}``, ``{"beat": 1}``, and at last ``{"result": {…}}`` or ``{"error": "…"}``.
+"…"}``, ``{"beat": 1}``, and at last ``{"result": {…}}`` or ``{"error": "…", "store": false}``, where ``store`` tells that
+a datastore is to blame. On their stdin, a line from the worker has the datastores as it knows them now.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -20,7 +22,7 @@ import airflow_mlpipelines
 from airflow_mlpipelines.agent.committing import commit
 from airflow_mlpipelines.agent.job import Job
 from airflow_mlpipelines.agent.staging import CONTROL, stage
-from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.exceptions import DataError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +31,8 @@ _USAGE = "usage: python -m airflow_mlpipelines.agent stage|commit|keep JOB"
 _FAILED, _MISUSED = 3, 2
 _ARGUMENTS = 2
 _BEAT_SECONDS = 10.0
+_NEWER_SECONDS = 10.0
+"""How long a worker may take to say what it knows of the datastores; one of an earlier release says nothing."""
 _TERMINATION_LOG = Path("/dev/termination-log")
 _LONGEST_MESSAGE = 3500
 """Bytes; Kubernetes keeps 4096 of a termination message."""
@@ -63,13 +67,13 @@ def _commit(verb: str, file: str, workspace: Path) -> int:
     threading.Thread(target=_beat, daemon=True).start()
     try:
         made = commit(
-            _read(file),
+            _renew(_read(file)),
             workspace,
             say=lambda line: _answer({"say": line}),
             with_outputs=verb == "commit",
         )
     except DataError as error:
-        _answer({"error": str(error)})
+        _answer({"error": str(error), "store": isinstance(error, StoreError)})
         return _FAILED
     _answer({"result": made})
     return 0
@@ -79,6 +83,19 @@ def _read(file: str) -> Job:
     return Job.from_json(
         Path(file).read_text(encoding="utf-8"), release=airflow_mlpipelines.__version__
     )
+
+
+def _renew(job: Job) -> Job:
+    """Return the job with the credentials that the worker has now; the pod may be older than they are."""
+    if not select.select([sys.stdin], [], [], _NEWER_SECONDS)[0]:
+        return job
+    try:
+        return job.renewed(json.loads(sys.stdin.readline()))
+    except (
+        ValueError,
+        AttributeError,
+    ):  # the connection broke: the next one that asks gets what is made
+        return job
 
 
 def _say_plainly(line: str) -> None:

@@ -41,7 +41,8 @@ def commit(
         with_outputs: False for a step that failed: only ``./outputs`` and ``./logs`` are kept then.
 
     Raises:
-        DataError: An output was not made, is of the wrong kind, or can't be sent.
+        StoreError: Something can't be sent.
+        DataError: An output was not made, or is of the wrong kind.
     """
     control = workspace / CONTROL
     control.mkdir(exist_ok=True)
@@ -79,7 +80,7 @@ def _commit_outputs(
                 expect_directory=item.is_directory,
             )
         except DataError as error:
-            raise DataError(f"step {job.step!r}, output {name!r}: {error}") from error
+            raise error.at(f"step {job.step!r}, output {name!r}") from error
         made[name] = artifact.to_dict()
         what = f"{show_size(artifact.size)} in {artifact.files} file(s)"
         took = show_duration(time.monotonic() - began)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.exceptions import DataError
@@ -83,6 +83,18 @@ class Job:
         """
         stores = [open_described(each) for each in self.datastores.values()]
         return StoreSet(stores, default=stores[0].name if stores else "")
+
+    def renewed(self, datastores: Mapping[str, Json]) -> Job:
+        """Return the same job, with its datastores as somebody knows them now: their credentials may have changed.
+
+        Nothing goes to another place by that: what has another URL by now stays as it was.
+        """
+        known = {
+            name: newer if newer.get("url") == own["url"] else own
+            for name, own in self.datastores.items()
+            for newer in [datastores.get(name, own)]
+        }
+        return replace(self, datastores=known)
 
     def to_json(self) -> str:
         """Return the document; it is as secret as the datastores' credentials."""

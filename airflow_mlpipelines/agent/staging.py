@@ -75,7 +75,7 @@ def _fetch_inputs(job: Job, stores: StoreSet, private: Path, say: Say) -> None:
                 target = private / "inputs" / item.target
                 fetch(artifact, stores, blobs=blobs, target=target, link=True)
         except DataError as error:
-            raise DataError(f"step {job.step!r}, input {name!r}: {error}") from error
+            raise error.at(f"step {job.step!r}, input {name!r}") from error
         say(f"Input {name!r} is there after {show_duration(time.monotonic() - began)}")
 
 
@@ -86,14 +86,14 @@ def _fetch_code(job: Job, stores: StoreSet, private: Path) -> None:
     try:
         unpack_snapshot(digest, stores[datastore], private / "code")
     except DataError as error:
-        raise DataError(f"step {job.step!r}: its code can't be fetched: {error}") from error
+        raise error.at(f"step {job.step!r}: its code can't be fetched") from error
     for name in KEPT_DIRECTORIES:
         (private / "code" / name).mkdir(exist_ok=True)
     for name, (link, target) in job.links.items():
         try:
             place_link(private / "code", link, target)
         except DataError as error:
-            raise DataError(f"step {job.step!r}, input {name!r}: {error}") from error
+            raise error.at(f"step {job.step!r}, input {name!r}") from error
 
 
 def _await_worker(control: Path) -> None:

@@ -324,17 +324,28 @@ class StepProgram:
             detach=services.may_detach,
             news=self._news,
         )
+        self._see_through(launch, workplace)
+        return read_metrics(workplace.stage.run)
+
+    def _see_through(self, launch: StepLaunch, workplace: Workplace) -> None:
+        """Run the program to its end; where it fails, what is of interest for why is kept."""
+        services = self._services
         try:
             services.launcher.run(launch, emit=services.emit, handle=services.handle)
         except (DetachedError, ComputeUnavailableError):
             raise  # it may be alive, and writing to what would be taken away
+        except StoreError:
+            if self._identity.has_tries_left:
+                services.emit(
+                    "What the program has made stays on its compute, for the next try to send"
+                )
+            raise
         except BaseException:
             try:
                 keep_run_files(workplace, services.stores)
             except (DataError, OSError) as error:  # why the program failed matters more
                 services.emit(f"Its ./outputs and ./logs can't be kept: {error}")
             raise
-        return read_metrics(workplace.stage.run)
 
 
 def release(services: Services, identity: TaskIdentity, compute: ComputeSpec) -> None:

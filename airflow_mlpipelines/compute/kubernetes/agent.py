@@ -16,7 +16,7 @@ from airflow_mlpipelines.agent.job import Job, WantedInput, WantedOutput, descri
 from airflow_mlpipelines.compute.container_layout import container_paths
 from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
 from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, STAGE
-from airflow_mlpipelines.exceptions import DataError
+from airflow_mlpipelines.exceptions import DataError, StoreError
 from airflow_mlpipelines.storage.artifact import Artifact
 from airflow_mlpipelines.storage.portable import describe_store
 
@@ -115,7 +115,8 @@ def commit(
 ) -> None:
     """Have the agent commit what the step has made, and note it in the launch's carriage.
 
-    Safe to repeat: what is committed already is told again.
+    Safe to repeat: what is committed already is told again. It is done with the credentials that this worker has,
+    which may be newer than the pod.
 
     Args:
         cluster: The cluster.
@@ -126,18 +127,21 @@ def commit(
         heard: Called whenever the agent lets us know that it is at work.
 
     Raises:
-        DataError: An output was not made, is of the wrong kind, or can't be sent.
+        StoreError: An output can't be sent. It is still there to be sent.
+        DataError: An output was not made, or is of the wrong kind.
         ChannelError: The connection broke, or the agent did. Nothing is known of what it has done.
     """
     verb = "commit" if with_outputs else "keep"
     made: Json | None = None
     with Channel(cluster, pod, OUTPUTS_KEEPER, [*_AGENT, verb, _JOB_FILE]) as channel:
+        channel.write(json.dumps(make_job(launch).datastores).encode() + b"\n")
         for message in _messages(channel):
             heard()
             if "say" in message:
                 emit(str(message["say"]))
             elif "error" in message:
-                raise DataError(str(message["error"]))
+                kind = StoreError if message.get("store") else DataError
+                raise kind(str(message["error"]))
             elif "result" in message:
                 made = message["result"]
     if made is None:

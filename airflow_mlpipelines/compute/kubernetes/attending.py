@@ -54,7 +54,12 @@ from airflow_mlpipelines.compute.kubernetes.watch import (
     container_state,
 )
 from airflow_mlpipelines.compute.stopped import ran_too_long, was_killed
-from airflow_mlpipelines.exceptions import ComputeUnavailableError, StepFailedError
+from airflow_mlpipelines.exceptions import (
+    ComputeUnavailableError,
+    DataError,
+    StepFailedError,
+    StoreError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -228,7 +233,7 @@ class PodAttendant:
             raise StepFailedError(
                 self._launch.step_name, "a later try has adopted its pod, and goes on with it"
             ) from error
-        except (ClusterLostError, ClusterError, DetachedError):
+        except (ClusterLostError, ClusterError, StoreError, DetachedError):
             raise  # the pod is left alone, for the next try to adopt
         except BaseException as error:
             # Above all a timeout or an interrupt, which Airflow raises in here.
@@ -294,6 +299,10 @@ class PodAttendant:
             if succeeded:
                 raise
             log.warning("The files of pod %s can't be fetched: %s", spec.name, error)
+        except DataError as error:
+            if succeeded:
+                raise
+            log.warning("Its ./outputs and ./logs can't be kept: %s", error)
 
     def _await_removal(self, cluster: Cluster, pod: Mapping[str, Any], seconds: float) -> None:
         meta = pod["metadata"]

@@ -77,7 +77,8 @@ def collect(
         CommandError: They can't be had: the pod does not give them, or has ended, or is gone.
         ClusterError: The API server refuses.
         ClusterLostError: It does not answer, or nothing gets through to the pod, which is as it was.
-        DataError: The agent can't commit an output.
+        StoreError: The agent can't send an output.
+        DataError: An output was not made, or is of the wrong kind.
     """
     stage, carriage, pod = launch.stage, launch.carriage, spec.name
     progress = Progress()

@@ -26,7 +26,7 @@ from airflow_mlpipelines.compute.kubernetes import attending
 from airflow_mlpipelines.compute.kubernetes.awaiting import PodAwaiter
 from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
 from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch, Reason
-from airflow_mlpipelines.exceptions import DataError, StepFailedError
+from airflow_mlpipelines.exceptions import DataError, StepFailedError, StoreError
 from airflow_mlpipelines.storage.snapshots import make_snapshot
 from airflow_mlpipelines.storage.transfer import pin_external
 from tests.dags.conftest import airflow_db  # noqa: F401 - a fixture
@@ -397,6 +397,34 @@ def test_an_output_that_goes_to_a_bucket_that_is_not_there_is_told(
         match=r"output 'model': datastore 'typo': s3://nowhere-at-all/run/model can't be written",
     ):
         step.python("open('/mlp/outputs/model', 'w').write('x')", carriage=carriage)
+    assert step.launcher().release(step.name, step.handle)  # there is no later try
+
+
+def test_what_a_store_refuses_is_sent_by_the_next_try_with_its_own_credentials(
+    step: CarriedStep, lake: Lake
+) -> None:
+    output = CarriedOutput(lake.store(key="AKIANOBODY", secret="expired"), "run/model", None)
+    with pytest.raises(StoreError, match=r"output 'model': .*Check the credentials"):
+        step.python(
+            "print('once'); open('/mlp/outputs/model', 'w').write('made')",
+            carriage=Carriage(outputs={"model": output}),
+        )
+    assert step.lines == ["once"]
+    retry, carriage = step.launcher(), step.carriage(lake)
+    assert retry.recover(step.name, step.handle)
+
+    step.python("raise SystemExit('again')", launcher=retry, carriage=carriage)
+
+    assert carriage.committed["model"].size == 4
+    assert lake.get("run/model") == b"made"
+
+
+def test_a_program_that_failed_is_told_and_not_the_store_that_is_away(
+    step: CarriedStep, lake: Lake
+) -> None:
+    carriage = Carriage(kept=(lake.store(key="AKIANOBODY", secret="expired"), "run/_run"))
+    with pytest.raises(StepFailedError, match="exit code 3"):
+        step.python("import sys; open('logs/why', 'w').close(); sys.exit(3)", carriage=carriage)
 
 
 def test_a_step_that_fails_commits_nothing_but_keeps_its_files(

@@ -24,7 +24,9 @@ from airflow_mlpipelines.storage.stores import Store, open_store
 from airflow_mlpipelines.storage.transfer import pin_external
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+    from typing import TextIO
 
 
 @pytest.fixture
@@ -227,17 +229,86 @@ def test_kept_files_that_lead_elsewhere_are_left_out(store, workspace):
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def test_errors_reach_the_worker_as_messages(store, workspace, tmp_path, monkeypatch, capsys):
-    document = tmp_path / "job.json"
-    outputs = {"model": WantedOutput("lake", "run/model", "model")}
-    document.write_text(make_job(store, outputs=outputs).to_json())
+@pytest.fixture
+def worker(monkeypatch) -> Iterator[TextIO]:
+    """What the worker writes to the agent's stdin."""
+    read, write = os.pipe()
+    with open(read) as stdin, open(write, "w", buffering=1) as worker:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield worker
+
+
+@pytest.fixture
+def document(tmp_path, workspace, monkeypatch) -> Path:
+    """Where the agent finds its job, as it does in a pod."""
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("HOME", "x")
     monkeypatch.setenv("AIRFLOW_HOME", "x")
-    monkeypatch.setattr(command_line, "_TERMINATION_LOG", tmp_path / "termination")
+    return tmp_path / "job.json"
+
+
+def test_the_agent_sends_with_the_credentials_that_the_worker_has_now(
+    worker, document, workspace, monkeypatch
+):
+    opened = []
+
+    def commit(job, *_, **__):
+        opened.append(job.datastores)
+        return {}
+
+    monkeypatch.setattr(command_line, "commit", commit)
+    old = {"name": "lake", "url": "s3://lake/team", "arguments": {"key": "expired"}}
+    cold = {**old, "name": "cold", "url": "s3://cold"}
+    job = Job(release="0", step="t", step_run="r", datastores={"lake": old, "cold": cold})
+    document.write_text(job.to_json())
+    new = {**old, "arguments": {"key": "new"}}
+    moved = {**cold, "url": "s3://elsewhere"}
+
+    worker.write(json.dumps({"lake": new, "cold": moved, "other": new}) + "\n")
+    assert command_line.main(["commit", str(document)]) == 0
+    assert opened == [{"lake": new, "cold": cold}]
+
+
+@pytest.mark.parametrize("line", ["", "nothing\n", "[]\n", "7\n"])
+def test_without_word_from_the_worker_the_agent_goes_by_its_document(
+    worker, document, store, capsys, monkeypatch, line
+):
+    monkeypatch.setattr(command_line, "_NEWER_SECONDS", 0.1)
+    document.write_text(make_job(store).to_json())
+    worker.write(line)
+    assert command_line.main(["commit", str(document)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"result": {}}
+
+
+def test_the_worker_learns_whether_a_datastore_is_to_blame(
+    worker, document, store, workspace, capsys, monkeypatch
+):
+    (workspace / "outputs" / "model").write_text("made")
+    job = make_job(store, outputs={"model": WantedOutput("lake", "run/model", "model")})
+    document.write_text(job.to_json())
+
+    def refuse(*_, **__):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(store.filesystem, "put_file", refuse)
+    worker.write("{}\n")
     assert command_line.main(["commit", str(document)]) == 3
-    error = json.loads(capsys.readouterr().out)["error"]
-    assert error.startswith("step 'train', output 'model': was not made")
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["store"] is True
+    assert "'model': datastore 'lake': " in answer["error"]
+
+
+def test_errors_reach_the_worker_as_messages(
+    worker, document, store, tmp_path, monkeypatch, capsys
+):
+    outputs = {"model": WantedOutput("lake", "run/model", "model")}
+    document.write_text(make_job(store, outputs=outputs).to_json())
+    monkeypatch.setattr(command_line, "_TERMINATION_LOG", tmp_path / "termination")
+    worker.write("{}\n")
+    assert command_line.main(["commit", str(document)]) == 3
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["error"].startswith("step 'train', output 'model': was not made")
+    assert answer["store"] is False
 
     document.write_text(document.read_text().replace('"version": 1', '"version": 7'))
     monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)
