@@ -51,8 +51,9 @@ _OF_THE_POD = frozenset(
         "windowsOptions",
     }
 )  # fmt: skip
+# One of them idles beside the step for as long as that takes: what it asks for, no other pod can have.
 _HELPER_RESOURCES = {
-    "requests": {"cpu": "50m", "memory": "64Mi"},
+    "requests": {"cpu": "10m", "memory": "32Mi"},
     "limits": {"cpu": "1", "memory": "256Mi"},
 }
 
