@@ -125,6 +125,8 @@ class AirflowStack:
             "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "30",
             # Airflow sleeps this long between two looks at a run; the default of 1 s is felt in every step.
             "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.1",
+            # One that got no processor for so long takes itself for dead, and its running tasks for lost.
+            "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "120",
             "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "2",
             "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "2",
             "AIRFLOW__DAG_PROCESSOR__BUNDLE_REFRESH_CHECK_INTERVAL": "2",

@@ -56,6 +56,7 @@ with DAG("pod_fan", schedule=None, max_active_tasks=PODS, default_args=patient):
             task_id=f"step_{number}",
             name=f"step-{number}",
             namespace="default",
+            config_file=KUBECONFIG,
             image=IMAGE,
             cmds=command(number),
             on_finish_action="delete_pod",
@@ -152,13 +153,10 @@ def measure(
     ):
         home = Path(folder)
         (home / "dags").mkdir()
-        values = (pods, IMAGE, url)
-        head = f"PODS, IMAGE, GATE = {values!r}\n"
+        values = (pods, IMAGE, url, str(kubeconfig))
+        head = f"PODS, IMAGE, GATE, KUBECONFIG = {values!r}\n"
         (home / "dags" / "pods.py").write_text(head + DAGS)
-        extra = {"in_cluster": False, "kube_config_path": str(kubeconfig)}
-        connection = json.dumps({"conn_type": "kubernetes", "extra": extra})
-        settings = {"AIRFLOW_CONN_KUBERNETES_DEFAULT": connection}
-        with AirflowStack(home, home / "dags", settings=settings) as stack:
+        with AirflowStack(home, home / "dags") as stack:
             client = AirflowClient(stack.url, username=stack.username, password=stack.password)
             figures: dict[str, float | str] = {
                 "benchmark": f"{pods} pods at once",

@@ -104,6 +104,9 @@ def world(cluster: Any, request: pytest.FixtureRequest, tmp_path_factory: Any) -
         # So that a triggerer that was killed is missed soon.
         "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "1",
         "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "8",
+        # The same for a scheduler.
+        "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "30",
+        "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "5",
     }
     with AirflowStack(home, dags, settings=settings) as stack:
         client = AirflowClient(stack.url, username=stack.username, password=stack.password)
@@ -230,15 +233,42 @@ def test_a_triggerer_that_is_killed_loses_and_doubles_no_line(world: World) -> N
     run = world.start("orphaned")
     run.wait_until_deferred(numbers=40)
     first = run.pod().metadata.uid
-    os.killpg(world.stack._processes["triggerer"].pid, signal.SIGKILL)
-    world.stack._processes["triggerer"].wait()
-    time.sleep(2)
-    world.stack._processes["triggerer"] = world.stack._spawn("triggerer")
+    kill_and_restart(world.stack, "triggerer")
     run.wait_until(lambda run: run.state == "deferred" and run.pod(), "it is still deferred")
     assert run.pod().metadata.uid == first
     assert run.finish() == "success", run.log()
     assert run.numbers() == list(range(300)), run.log()
     assert run.has_left_nothing()
+
+
+def kill_and_restart(stack: AirflowStack, component: str, others: list[int] | None = None) -> None:
+    os.killpg(stack._processes[component].pid, signal.SIGKILL)
+    for pid in others or ():
+        os.kill(pid, signal.SIGKILL)
+    stack._processes[component].wait()
+    time.sleep(2)
+    stack._processes[component] = stack._spawn(component)
+
+
+def parent(pid: int) -> int:
+    facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(facts[1])
+
+
+def test_a_scheduler_that_is_killed_with_its_workers_costs_no_second_pod(world: World) -> None:
+    deferred, attended = world.start("orphaned"), world.start("attended")
+    deferred.wait_until_deferred()
+    attended.wait_until(lambda run: len(run.numbers()) > 5, "lines come")
+    first = attended.pod().metadata.uid
+    # All of its machine: the processes of tasks outlive a LocalExecutor, and end as those of other tries then.
+    processes = [parent(attended.task["pid"]), attended.task["pid"]]
+    kill_and_restart(world.stack, "scheduler", processes)
+    attended.wait_until(lambda run: run.task["try_number"] == 2, "the next try")
+    assert attended.pod().metadata.uid == first
+    for run, tries, numbers in ((deferred, 1, 300), (attended, 2, 150)):
+        assert run.finish() == "success", run.log(tries)
+        assert run.numbers(tries) == list(range(numbers)), run.log(tries)
+        assert run.has_left_nothing()
 
 
 def test_a_worker_that_is_killed_is_followed_by_one_that_adopts_the_pod(world: World) -> None:
