@@ -91,11 +91,8 @@ def _renew(job: Job) -> Job:
         return job
     try:
         return job.renewed(json.loads(sys.stdin.readline()))
-    except (
-        ValueError,
-        AttributeError,
-    ):  # the connection broke: the next one that asks gets what is made
-        return job
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return job  # the connection broke; whoever asks next gets what is made
 
 
 def _say_plainly(line: str) -> None:

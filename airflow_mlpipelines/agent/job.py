@@ -89,11 +89,11 @@ class Job:
 
         Nothing goes to another place by that: what has another URL by now stays as it was.
         """
-        known = {
-            name: newer if newer.get("url") == own["url"] else own
-            for name, own in self.datastores.items()
-            for newer in [datastores.get(name, own)]
-        }
+        known = dict(self.datastores)
+        for name, own in self.datastores.items():
+            newer = datastores.get(name)
+            if newer is not None and newer["url"] == own["url"]:
+                known[name] = newer
         return replace(self, datastores=known)
 
     def to_json(self) -> str:
