@@ -64,7 +64,8 @@ def _stage(file: str, workspace: Path, private: Path) -> int:
 
 
 def _commit(verb: str, file: str, workspace: Path) -> int:
-    threading.Thread(target=_beat, daemon=True).start()
+    over = threading.Event()
+    threading.Thread(target=_beat, args=(over,), daemon=True).start()
     try:
         made = commit(
             _renew(_read(file)),
@@ -75,6 +76,8 @@ def _commit(verb: str, file: str, workspace: Path) -> int:
     except DataError as error:
         _answer({"error": str(error), "store": isinstance(error, StoreError)})
         return _FAILED
+    finally:
+        over.set()
     _answer({"result": made})
     return 0
 
@@ -105,10 +108,9 @@ def _answer(message: dict[str, Any]) -> None:
         print(json.dumps(message), flush=True)  # noqa: T201
 
 
-def _beat() -> None:
+def _beat(over: threading.Event) -> None:
     """Let the worker know that the connection is alive."""
-    while True:
-        threading.Event().wait(_BEAT_SECONDS)
+    while not over.wait(_BEAT_SECONDS):
         _answer({"beat": 1})
 
 

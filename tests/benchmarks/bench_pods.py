@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 LIMIT = 1.25
 LONGEST = 1500
 DAGS = '''
-"""Many pods beside each other, for airflow. The operators need tries: of 100 at once, three have failed."""
+"""Many pods beside each other, for airflow. Both need tries: where a scheduler needs ten seconds to see that a task was
+deferred, and its trigger calls for it sooner, Airflow fails it ("state mismatch")."""
 from datetime import timedelta
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
@@ -49,7 +50,8 @@ from airflow_mlpipelines import CommandStep, KubernetesCompute, Pipeline, Worksp
 def command(number):
     return ["sh", "-c", f"until wget -q -O /dev/null {GATE}/{number}; do sleep 3; done"]
 
-patient = {"weight_rule": "absolute", "retries": 5, "retry_delay": timedelta(seconds=1)}
+retries = {"retries": 5, "retry_delay": timedelta(seconds=1)}
+patient = {"weight_rule": "absolute", **retries}
 with DAG("pod_fan", schedule=None, max_active_tasks=PODS, default_args=patient):
     for number in range(PODS):
         KubernetesPodOperator(
@@ -66,7 +68,9 @@ with DAG("pod_fan", schedule=None, max_active_tasks=PODS, default_args=patient):
 
 compute = KubernetesCompute("pods", image=IMAGE, helper_image=IMAGE, defer_after_seconds=5)
 fan = [
-    CommandStep(command(number), name=f"step_{number}", allow_reuse=False, compute_target=compute)
+    CommandStep(
+        command(number), name=f"step_{number}", allow_reuse=False, compute_target=compute, **retries
+    )
     for number in range(PODS)
 ]
 step_fan = Pipeline(Workspace.from_config(), fan, name="step_fan").to_dag(max_active_tasks=PODS)

@@ -19,7 +19,7 @@ from airflow_mlpipelines.compute.kubernetes.detaching import (
     remember,
 )
 from airflow_mlpipelines.compute.kubernetes.lifetime import KILL_SECONDS, belongs_to
-from airflow_mlpipelines.compute.kubernetes.logs import StepLog
+from airflow_mlpipelines.compute.kubernetes.logs import AscendingTimes, StepLog
 from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, OWNER, STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.starting import StartErrors
 from airflow_mlpipelines.compute.kubernetes.watch import container_state
@@ -57,7 +57,7 @@ class PodAwaiter:
         Args:
             watch: What to wait for.
             token: A word of its own, which it notes at the pods: they are its own from then on.
-            emit: Takes the time at which a line was printed, and the line.
+            emit: Takes a line's time, and the line.
         """
         self._watch = watch
         self._token = token
@@ -65,7 +65,10 @@ class PodAwaiter:
         self._errors = StartErrors()
         self._pods: dict[str, Json] = {}
         self._last: dict[str, Json] = {}
-        self._logs = {name: StepLog(emit, watch.logs.get(name)) for name in watch.pods}
+        self._logs = {
+            name: StepLog(AscendingTimes(emit, after=watch.left_at), watch.logs.get(name))
+            for name in watch.pods
+        }
         self._begun = {name: asyncio.Event() for name in watch.pods}
 
     async def wait(self) -> PodNews:

@@ -70,6 +70,7 @@ class PodWatch:
             Under ``<pod>/stage``, that of its agent: the next worker reads what is left, if it is named.
         job: The name of the pods' Job and Service, which a kill removes; None of a single pod.
         pause_seconds: How long to wait for :attr:`Awaited.ROOM`.
+        left_at: When the worker left them, as an ISO time: lines that were printed before come later in the log.
     """
 
     compute: str
@@ -86,6 +87,7 @@ class PodWatch:
     logs: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     job: str | None = None
     pause_seconds: float = 0.0
+    left_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
 
     @property
     def access(self) -> KubernetesComputeSpec:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
@@ -110,6 +110,30 @@ class StepLog:
         """Remember that a line was read only in part."""
         self._position.forget(LogEntry(time, 0, b""))
         self._broken = (time, known)
+
+
+class AscendingTimes:
+    """Hands lines on with times of which each is later than the one before, and later than a moment.
+
+    A worker logs a line when it comes to it, a trigger with the time at which it was printed: that may be earlier, and
+    whoever sorts a log by its times would get the trigger's first lines before the worker's last ones. Read again,
+    the same lines get the same times.
+    """
+
+    def __init__(self, emit: Callable[[str, str], None], *, after: str) -> None:
+        """Prepare.
+
+        Args:
+            emit: Takes the time and the line.
+            after: The moment, as an ISO time.
+        """
+        self._emit = emit
+        self._last = datetime.fromisoformat(after)
+
+    def __call__(self, time: str, line: str) -> None:
+        """Take the time at which a line was printed, and the line."""
+        self._last = max(datetime.fromisoformat(time), self._last + timedelta(microseconds=1))
+        self._emit(self._last.isoformat(), line)
 
 
 class LogFollower:

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
-from airflow_mlpipelines.compute.kubernetes.logs import LogFollower
+from airflow_mlpipelines.compute.kubernetes.logs import AscendingTimes, LogFollower
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 START = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
+START_AND_A_SECOND = "2026-01-31T12:00:01+00:00"
 
 
 class Kubelet:
@@ -90,3 +91,25 @@ def test_what_the_kubelet_says_itself_is_no_line_of_the_step() -> None:
     kubelet = Kubelet([(0, b"first")], [])
     kubelet.lines.append(("rpc", b'error: code = NotFound desc = "container"'))
     assert follow(kubelet) == ["first"]
+
+
+def test_lines_of_a_trigger_come_after_those_of_its_worker_and_keep_their_order() -> None:
+    times = ["00.9", "01.123456789", "01.123456999", "01.1", "07.0"]
+    given = [(f"2026-01-31T12:00:{time}Z", "the same") for time in times]
+
+    def hand_on() -> list[tuple[str, str]]:
+        lines: list[tuple[str, str]] = []
+        ascending = AscendingTimes(lambda *line: lines.append(line), after=START_AND_A_SECOND)
+        for time, line in given:
+            ascending(time, line)
+        return lines
+
+    once = hand_on()
+    assert [time for time, _ in once] == [
+        "2026-01-31T12:00:01.000001+00:00",
+        "2026-01-31T12:00:01.123456+00:00",
+        "2026-01-31T12:00:01.123457+00:00",
+        "2026-01-31T12:00:01.123458+00:00",
+        "2026-01-31T12:00:07+00:00",
+    ]
+    assert hand_on() == once  # whoever reads a log from all its files tells lines by their times
