@@ -50,8 +50,7 @@ from airflow_mlpipelines import CommandStep, KubernetesCompute, Pipeline, Worksp
 def command(number):
     return ["sh", "-c", f"until wget -q -O /dev/null {GATE}/{number}; do sleep 3; done"]
 
-retries = {"retries": 5, "retry_delay": timedelta(seconds=1)}
-patient = {"weight_rule": "absolute", **retries}
+patient = {"weight_rule": "absolute", "retries": 5, "retry_delay": timedelta(seconds=1)}
 with DAG("pod_fan", schedule=None, max_active_tasks=PODS, default_args=patient):
     for number in range(PODS):
         KubernetesPodOperator(
@@ -69,7 +68,8 @@ with DAG("pod_fan", schedule=None, max_active_tasks=PODS, default_args=patient):
 compute = KubernetesCompute("pods", image=IMAGE, helper_image=IMAGE, defer_after_seconds=5)
 fan = [
     CommandStep(
-        command(number), name=f"step_{number}", allow_reuse=False, compute_target=compute, **retries
+        command(number), name=f"step_{number}", allow_reuse=False, compute_target=compute, retries=5,
+        retry_delay=1,
     )
     for number in range(PODS)
 ]
