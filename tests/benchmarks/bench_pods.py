@@ -36,8 +36,7 @@ from tests.cluster.sharing import use_cluster
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LIMIT = 2.0
-"""Set by what was measured, 1.74: a step's pod has three containers, an operator's one."""
+LIMIT = 1.25
 LONGEST = 1500
 DAGS = '''
 """Many pods beside each other, for airflow. Both need tries: where a scheduler needs ten seconds to see that a task was
