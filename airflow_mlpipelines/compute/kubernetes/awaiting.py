@@ -38,7 +38,8 @@ _LOOK_SECONDS = 10.0
 _WATCH_SECONDS = 290
 _SILENCE_SECONDS = 150.0
 _LOG_END_SECONDS = 3.0
-_FIRST_CONTACT_SECONDS = (20.0, 60.0)
+_FIRST_CONTACT_SECONDS = (120.0, 300.0)
+"""Late enough that most steps are over, and soon enough for a triggerer that is restarted now and then."""
 _CONTACT_SECONDS = 3600.0
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 15.0

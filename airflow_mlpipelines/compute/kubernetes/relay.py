@@ -50,6 +50,7 @@ class RunFileRelay:
             self._over.set()
 
     def _run(self) -> None:
+        self._over.wait(INTERVAL_SECONDS)  # a step that ends sooner pays for no connection
         while not self._over.is_set():
             try:
                 self._relay()

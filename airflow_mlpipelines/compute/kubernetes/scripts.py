@@ -13,16 +13,22 @@ KEPT_MINUTES = 360
 NO_CONTACT = 75
 """How ``stage`` ends when none came."""
 
-# Container "stage": holds the step back until the worker has sent everything.
+# Container "stage": holds the step back until the worker has sent everything. It sleeps until it is woken: a hundred
+# pods that wait for their files must leave the nodes to those that run. The pipe is held open both ways, so that nobody
+# ever waits for the other side.
 WAIT = f"""
 trap 'exit 1' TERM
 umask 022
 mkdir -p control && touch control/contact || exit 1
+[ -p control/wake ] || mkfifo control/wake || exit 1
+exec 3<> control/wake
+while sleep 60; do echo; done >&3 &
 while [ -n "$(find control/contact -mmin -{KEPT_MINUTES})" ]; do
-  for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-    [ ! -e control/staged ] || exit 0
-    sleep 0.05
-  done
+  if [ -e control/staged ]; then
+    sleep 0.05  # whoever has woken it ends first, and by itself
+    exit 0
+  fi
+  head -c 1 <&3 > /dev/null & wait $!
 done
 exit {NO_CONTACT}
 """
@@ -57,6 +63,19 @@ read -r word
 mv "incoming.$2"/* .
 rm -rf "incoming.$2" "control/pipe.$2" "control/digest.$2"
 touch control/staged
+[ ! -p control/wake ] || echo 1<> control/wake
+"""
+
+# Container "stage" of a step whose files are small: they lie in $1, out of the pod's Secret.
+UNPACK = """
+set -eu
+umask 022
+mkdir -p control
+touch control/contact
+rm -rf code run outputs home runtime inputs
+gzip -dc < "$1" > control/files.tar
+tar -x -f control/files.tar
+rm control/files.tar
 """
 
 # Writes a tar archive of what there is of $3... in the directory $2 to stdout, and its digest to stderr. $1 is
