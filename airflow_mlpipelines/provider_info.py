@@ -55,6 +55,17 @@ def get_provider_info() -> dict[str, Any]:
                         "example": "200G",
                         "default": "",
                     },
+                    "preload": {
+                        "description": "What Airflow's long-running components import before they fork tasks, which "
+                        "then need not: ``auto``, what every step needs, and the Kubernetes client (45 MB in each "
+                        "component) where ``KUBECONFIG``, ``~/.kube/config`` or a pod's service account leads to a "
+                        "cluster; ``all``, that client in any case, also for clusters that are reached by an Airflow "
+                        "connection; ``none``.",
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "all",
+                        "default": "auto",
+                    },
                     "python_downloads": {
                         "description": "Whether uv may download the Python that an environment wants, where a "
                         "worker has none of that version: from where ``UV_PYTHON_INSTALL_MIRROR`` says, by "
