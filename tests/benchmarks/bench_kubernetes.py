@@ -1,7 +1,8 @@
 """What a step in a pod costs on a real Airflow, against Airflow's own KubernetesPodOperator with the same image.
 
 One after the other, in a chain: a fan-out of pods measures the node. The cluster is the one of ``KUBECONFIG``, or
-kind's, or a node started here for as long as it takes (``tests/cluster``).
+kind's, or a node started here for as long as it takes (``tests/cluster``). Each has a DAG file of its own, as its users
+have: every task imports what its file does.
 
 Run: ``python tests/benchmarks/bench_kubernetes.py [--rounds 5] [--json]``.
 """
@@ -30,13 +31,10 @@ from tests.cluster.sharing import use_cluster
 IMAGE = "docker.io/library/busybox:1.36"
 CHAIN = 8
 LIMIT = 1.25
-DAGS = '''
-"""A step in a pod beside a KubernetesPodOperator, for airflow."""
+OPERATORS = '''
+"""KubernetesPodOperators in a chain, for airflow."""
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.sdk import DAG
-from airflow_mlpipelines import CommandStep, KubernetesCompute, Pipeline, Workspace
-
-COMMAND = ["sh", "-c", "echo hello"]
 
 with DAG("pod_chain", schedule=None, default_args={"weight_rule": "absolute"}):
     before = None
@@ -52,6 +50,10 @@ with DAG("pod_chain", schedule=None, default_args={"weight_rule": "absolute"}):
         )
         before and before >> task
         before = task
+'''
+STEPS = '''
+"""Steps in a chain, for airflow."""
+from airflow_mlpipelines import CommandStep, KubernetesCompute, Pipeline, Workspace
 
 compute = KubernetesCompute("pods", image=IMAGE, helper_image=IMAGE)
 chain = [
@@ -86,8 +88,10 @@ def measure(kubeconfig: Path, rounds: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="mlpipelines-bench-") as folder:
         home = Path(folder)
         (home / "dags").mkdir()
-        head = f"CHAIN, IMAGE, KUBECONFIG = {CHAIN}, {IMAGE!r}, {str(kubeconfig)!r}\n"
-        (home / "dags" / "pods.py").write_text(head + DAGS)
+        values = (CHAIN, IMAGE, str(kubeconfig), ["sh", "-c", "echo hello"])
+        head = f"CHAIN, IMAGE, KUBECONFIG, COMMAND = {values!r}\n"
+        for name, text in (("operators", OPERATORS), ("steps", STEPS)):
+            (home / "dags" / f"{name}.py").write_text(head + text)
         with AirflowStack(home, home / "dags") as stack:
             client = AirflowClient(stack.url, username=stack.username, password=stack.password)
             return {

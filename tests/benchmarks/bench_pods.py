@@ -1,7 +1,10 @@
 """A hundred pods at once, on a real Airflow with 32 worker slots: steps against deferrable KubernetesPodOperators.
 
 Every pod waits until all of them run: so none may hold a worker's slot for long. The cluster is a node that is started
-here (``tests/cluster``), and the figure is the time from the run's start to its end.
+here (``tests/cluster``), and the figure is the time from the run's start to its end. Each has a DAG file of its own, as
+its users have: every task imports what its file does. What this package loads into Airflow's components before they fork
+tasks is there for both. Both have retries: where a scheduler needs ten seconds to see that
+a task was deferred, and its trigger calls for it sooner, Airflow fails it ("state mismatch").
 
 Run: ``python tests/benchmarks/bench_pods.py [--pods 100] [--json]``.
 """
@@ -38,17 +41,12 @@ if TYPE_CHECKING:
 
 LIMIT = 1.25
 LONGEST = 1500
-DAGS = '''
-"""Many pods beside each other, for airflow. Both need tries: where a scheduler needs ten seconds to see that a task was
-deferred, and its trigger calls for it sooner, Airflow fails it ("state mismatch")."""
+OPERATORS = '''
+"""Many operators beside each other, for airflow."""
 from datetime import timedelta
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.sdk import DAG
-from airflow_mlpipelines import CommandStep, KubernetesCompute, Pipeline, Workspace
-
-def command(number):
-    return ["sh", "-c", f"until wget -q -O /dev/null {GATE}/{number}; do sleep 3; done"]
 
 patient = {"weight_rule": "absolute", "retries": 5, "retry_delay": timedelta(seconds=1)}
 with DAG("pod_fan", schedule=None, max_active_tasks=PODS, default_args=patient):
@@ -64,6 +62,10 @@ with DAG("pod_fan", schedule=None, max_active_tasks=PODS, default_args=patient):
             deferrable=True,
             startup_timeout_seconds=1800,
         )
+'''
+STEPS = '''
+"""Many steps beside each other, for airflow."""
+from airflow_mlpipelines import CommandStep, KubernetesCompute, Pipeline, Workspace
 
 compute = KubernetesCompute("pods", image=IMAGE, helper_image=IMAGE, defer_after_seconds=5)
 fan = [
@@ -75,6 +77,10 @@ fan = [
 ]
 step_fan = Pipeline(Workspace.from_config(), fan, name="step_fan").to_dag(max_active_tasks=PODS)
 '''
+COMMAND = """
+def command(number):
+    return ["sh", "-c", f"until wget -q -O /dev/null {GATE}/{number}; do sleep 3; done"]
+"""
 
 
 class Gate:
@@ -156,18 +162,19 @@ def measure(
         gate.served(address) as url,
     ):
         home = Path(folder)
-        (home / "dags").mkdir()
         values = (pods, IMAGE, url, str(kubeconfig))
         head = f"PODS, IMAGE, GATE, KUBECONFIG = {values!r}\n"
-        (home / "dags" / "pods.py").write_text(head + DAGS)
+        figures: dict[str, float | str] = {
+            "benchmark": f"{pods} pods at once",
+            "baseline": "deferrable KubernetesPodOperator with the same image and command",
+        }
+        (home / "dags").mkdir()
+        for name, text in (("operators", OPERATORS), ("steps", STEPS)):
+            (home / "dags" / f"{name}.py").write_text(head + COMMAND + text)
+        seconds = {}
+        measured = [("baseline", "pod_fan")] if baseline else []
         with AirflowStack(home, home / "dags") as stack:
             client = AirflowClient(stack.url, username=stack.username, password=stack.password)
-            figures: dict[str, float | str] = {
-                "benchmark": f"{pods} pods at once",
-                "baseline": "deferrable KubernetesPodOperator with the same image and command",
-            }
-            seconds = {}
-            measured = [("baseline", "pod_fan")] if baseline else []
             for name, dag_id in (*measured, ("steps", "step_fan")):
                 gate.close()
                 seconds[name] = run(client, dag_id, seconds=LONGEST)[1]
