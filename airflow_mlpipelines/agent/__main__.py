@@ -1,5 +1,7 @@
 """The agent's command line: ``python -m airflow_mlpipelines.agent stage|commit|keep JOB``, in the pod's workspace.
 
+``stage`` may get a second file, with what else the worker has for the step; without it, it waits to be sent that.
+
 ``stage`` speaks in plain lines, which are its container's log; why it failed is in the container's termination
 message. ``commit`` and ``keep`` speak to the worker that runs them: each line of theirs is a JSON object, ``{"say":
 "…"}``, ``{"beat": 1}``, and at last ``{"result": {…}}`` or ``{"error": "…", "store": false}``, where ``store`` tells that
@@ -27,9 +29,10 @@ from airflow_mlpipelines.exceptions import DataError, StoreError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_USAGE = "usage: python -m airflow_mlpipelines.agent stage|commit|keep JOB"
+_USAGE = "usage: python -m airflow_mlpipelines.agent stage JOB [FILES] | commit JOB | keep JOB"
 _FAILED, _MISUSED = 3, 2
-_ARGUMENTS = 2
+_ARGUMENTS = {"stage": (1, 2), "commit": (1,), "keep": (1,)}
+"""How many each takes."""
 _BEAT_SECONDS = 10.0
 _NEWER_SECONDS = 10.0
 """How long a worker may take to say what it knows of the datastores; one of an earlier release says nothing."""
@@ -41,21 +44,24 @@ _speaking = threading.Lock()
 
 def main(arguments: Sequence[str]) -> int:
     """Do what the command line asks for; return the exit code."""
-    if len(arguments) != _ARGUMENTS or arguments[0] not in ("stage", "commit", "keep"):
+    verb, *files = arguments or ("",)
+    if len(files) not in _ARGUMENTS.get(verb, ()):
         print(_USAGE, file=sys.stderr)  # noqa: T201
         return _MISUSED
-    verb, file = arguments
     workspace = Path.cwd()
     private = workspace / CONTROL / "agent"
     # Nothing of the image's own user counts: whoever the pod runs as has no home in it.
     os.environ["HOME"] = os.environ["AIRFLOW_HOME"] = str(private)
-    return _stage(file, workspace, private) if verb == "stage" else _commit(verb, file, workspace)
+    if verb == "stage":
+        return _stage(files, workspace, private)
+    return _commit(verb, files[0], workspace)
 
 
-def _stage(file: str, workspace: Path, private: Path) -> int:
+def _stage(files: Sequence[str], workspace: Path, private: Path) -> int:
     signal.signal(signal.SIGTERM, _leave)  # the first process of a container has no default for it
     try:
-        stage(_read(file), workspace, say=_say_plainly, private=private)
+        packed = Path(files[1]) if len(files) > 1 else None
+        stage(_read(files[0]), workspace, say=_say_plainly, private=private, packed=packed)
     except DataError as error:
         _say_plainly(str(error))
         _note_failure(str(error))

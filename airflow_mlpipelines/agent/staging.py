@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 import threading
 import time
+import zlib
 from contextlib import contextmanager, suppress
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from airflow_mlpipelines._units import show_duration, show_size
@@ -34,7 +37,9 @@ _PAUSE = 0.05
 _PROGRESS_SECONDS = 30.0
 
 
-def stage(job: Job, workspace: Path, *, say: Say, private: Path) -> None:
+def stage(
+    job: Job, workspace: Path, *, say: Say, private: Path, packed: Path | None = None
+) -> None:
     """Fetch what the job names, wait for what the worker sends, and put the one to the other.
 
     What is fetched lies apart until all of it is there: the worker may send its part twice.
@@ -44,6 +49,7 @@ def stage(job: Job, workspace: Path, *, say: Say, private: Path) -> None:
         workspace: The directory that the pod's containers share.
         say: Takes a line for the step's log.
         private: A directory in the workspace for what is in the making.
+        packed: The worker's part as a tar.gz; None waits until it is sent.
 
     Raises:
         DataError: Something can't be had, or the worker never came.
@@ -56,7 +62,10 @@ def stage(job: Job, workspace: Path, *, say: Say, private: Path) -> None:
     try:
         _fetch_inputs(job, stores, private, say)
         _fetch_code(job, stores, private)
-        _await_worker(workspace / CONTROL)
+        if packed is None:
+            _await_worker(workspace / CONTROL)
+        else:
+            _unpack(packed, workspace)
         _put_in_place(job, workspace, private)
     finally:
         shutil.rmtree(private, ignore_errors=True)
@@ -111,6 +120,18 @@ def _claim(control: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def _unpack(packed: Path, workspace: Path) -> None:
+    try:
+        with tarfile.open(packed, "r:gz") as archive:
+            for name in {PurePosixPath(member.name).parts[0] for member in archive}:
+                shutil.rmtree(workspace / name, ignore_errors=True)  # of a container before
+            # Releases of Python before 3.11.4 know no filter; what the worker itself has packed leads nowhere else.
+            archive.extraction_filter = getattr(tarfile, "tar_filter", None)
+            archive.extractall(workspace)  # noqa: S202
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise DataError(f"the step's own files, {packed}, can't be unpacked: {error}") from error
 
 
 def _put_in_place(job: Job, workspace: Path, private: Path) -> None:

@@ -138,8 +138,8 @@ class KubernetesComputeSpec(SpecModel):
         buildkit_host: The BuildKit daemon that builds them in place of a Docker daemon, and pushes them there:
             ``tcp://host:port``, or ``unix://`` with the path of a socket. The worker needs ``buildctl``.
         buildkit_tls: A directory on the worker with ``ca.pem``, ``cert.pem`` and ``key.pem`` for it.
-        helper_image: What carries the files of a step into its pod and out of it: any image with ``sh``, ``tar``
-            and ``sha256sum``.
+        helper_image: What carries the files of a step into its pod and out of it: any image with ``sh``, ``tar``,
+            ``gzip`` and ``sha256sum``.
         agent_image: What carries data between datastores and a pod by itself, past worker and API server: the image
             of ``images/agent/Dockerfile``, of the workers' release. None lets ``helper_image`` and the worker
             carry everything.

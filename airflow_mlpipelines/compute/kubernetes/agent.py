@@ -61,7 +61,10 @@ def add_agent(spec: PodSpec, launch: StepLaunch, compute: KubernetesComputeSpec)
     stage["command"] = [*_AGENT, "stage", _JOB_FILE]
     # An unexpected end leaves its last words where the worker finds them.
     stage["terminationMessagePolicy"] = "FallbackToLogsOnError"
-    source = {"secretName": spec.name, "items": [{"key": _JOB_NAME, "path": _JOB_NAME}]}
+    source = {
+        "secretName": spec.name,
+        "items": [{"key": spec.key_of(_JOB_NAME), "path": _JOB_NAME}],
+    }
     manifest["volumes"] = [*manifest["volumes"], {"name": _JOB_VOLUME, "secret": source}]
     if "activeDeadlineSeconds" in manifest:
         manifest["activeDeadlineSeconds"] += _STAGING_SECONDS

@@ -37,6 +37,7 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     take_over,
 )
 from airflow_mlpipelines.compute.kubernetes.logs import read_tail
+from airflow_mlpipelines.compute.kubernetes.packing import is_packed, pack_files
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
 from airflow_mlpipelines.compute.kubernetes.removal import patience_after
 from airflow_mlpipelines.compute.kubernetes.room import make_when_room
@@ -130,6 +131,8 @@ class PodAttendant:
         """
         if pod is not None:
             self._spec = replace(self._spec, image_name=_image_name(pod) or self._spec.image_name)
+        else:
+            self._spec = pack_files(self._spec, self._launch.stage)
         self._follower = PodFollower(
             self._cluster,
             self._launch,
@@ -192,7 +195,7 @@ class PodAttendant:
                 log.info("Pod %s in namespace %s", spec.name, cluster.namespace)
                 if spec.needs_secret:
                     create_secret(cluster, spec, pod)
-            if has_helpers(pod):
+            if has_helpers(pod) and not is_packed(pod):
                 self._deliver(uid)
         except DetachedError:
             raise

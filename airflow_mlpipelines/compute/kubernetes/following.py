@@ -13,7 +13,7 @@ from airflow_mlpipelines.compute.base import DetachedError
 from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
 from airflow_mlpipelines.compute.kubernetes.cluster import PATIENCE_SECONDS, ClusterError
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews, PodWatch, Reason
-from airflow_mlpipelines.compute.kubernetes.lifetime import KILL_SECONDS
+from airflow_mlpipelines.compute.kubernetes.lifetime import KILL_SECONDS, has_secret
 from airflow_mlpipelines.compute.kubernetes.logs import LogFollower
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP, label_value
 from airflow_mlpipelines.compute.kubernetes.relay import RunFileRelay
@@ -136,7 +136,8 @@ class PodFollower:
         """Return what to raise to leave the pod to itself; ``logs`` says how far they were handed on."""
         meta, spec, compute = pod["metadata"], self._spec, self._compute
         self._note.set(meta["uid"], awaits=awaits.value)
-        what = "waits for its node and images" if awaits is Awaited.FILES else "goes on"
+        has_begun = container_state(pod, STEP)[0] != "waiting"
+        what = "goes on" if has_begun else "waits for its node and images"
         log.info("Pod %s %s without a worker; its log follows here", spec.name, what)
         watch = PodWatch(
             compute=compute.name,
@@ -145,7 +146,7 @@ class PodFollower:
             in_cluster=compute.in_cluster,
             selector=f"{STEP_RUN_LABEL}={label_value(spec.step_run_id)}",
             pods={spec.name: meta["uid"]},
-            secret=spec.name if spec.needs_secret else None,
+            secret=spec.name if has_secret(pod) else None,
             awaits=awaits,
             schedule_seconds=compute.schedule_timeout_seconds,
             startup_seconds=compute.startup_timeout_seconds,
@@ -205,6 +206,10 @@ class PodFollower:
             if log_name not in self._news.logs:  # an earlier worker has handed on all of it
                 return
             position = self._news.logs[log_name]
+        try:
+            self.await_pod(lambda found: container_state(found, STAGE)[0] != "waiting")
+        except StillWaitingError as error:
+            raise self.detach(error.pod, Awaited.END, logs={log_name: position}) from None
         follower = LogFollower(self._cluster, self._spec.name, emit, position, container=STAGE)
         while True:
             pod, _ = self._cluster.find_patiently(

@@ -152,7 +152,7 @@ def discard(
         ClusterError: The cluster refuses, or did not answer for ``patience`` seconds.
     """
     things = [Thing("pods", spec.name, uid=pod["metadata"]["uid"], seconds=seconds)]
-    if spec.needs_secret:
+    if has_secret(pod):
         things.append(Thing("secrets", spec.name))
     delete_all(cluster, things, patience=patience)
 
@@ -245,3 +245,18 @@ def belongs_to(pod: Mapping[str, Any], token: str) -> bool:
     """Return whether the try with this token made the pod, or adopted it last."""
     annotations = pod["metadata"].get("annotations") or {}
     return bool(annotations.get(OWNER) == token)
+
+
+def has_secret(pod: Mapping[str, Any]) -> bool:
+    """Return whether the pod refers to a Secret of its own name."""
+    name, spec = pod["metadata"]["name"], pod["spec"]
+    mounted = (
+        (volume.get("secret") or {}).get("secretName") for volume in spec.get("volumes") or ()
+    )
+    sources = (
+        ((variable.get("valueFrom") or {}).get("secretKeyRef") or {}).get("name")
+        for container in spec["containers"]
+        for variable in container.get("env") or ()
+    )
+    pulled_with = (item.get("name") for item in spec.get("imagePullSecrets") or ())
+    return name in mounted or name in sources or name in pulled_with

@@ -6,7 +6,8 @@ import base64
 import hashlib
 import os
 import re
-from dataclasses import dataclass, field
+import secrets
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.container_layout import (
@@ -42,6 +43,7 @@ _SUB_PATHS = ("code", "run", "outputs", "home")
 _READ_ONLY = ("runtime", "inputs")
 _LONGEST_NAME = 63
 _DIGEST_LENGTH = 10
+_WORD_BYTES = 4
 _UNSAFE_IN_NAME = re.compile(r"[^a-z0-9-]+")
 _UNSAFE_IN_LABEL = re.compile(r"[^A-Za-z0-9_.-]+")
 _OF_THE_POD = frozenset(
@@ -68,6 +70,7 @@ class PodSpec:
         memory: Bytes.
         manifest: The pod, without what only this try knows.
         documents: Files of the pod's Secret that helpers mount, or that nodes read, by their names.
+        word: Begins the keys of its Secret (:meth:`key_of`).
         shared: What the step has on volumes that the worker shares: ``inputs/<name>``, ``outputs``, and ``work`` for
             all that it works with. It is not copied.
         written: The directories on such volumes that the step writes to.
@@ -83,9 +86,19 @@ class PodSpec:
     gpus: int
     secrets: Mapping[str, str] = field(repr=False)
     manifest: Json = field(repr=False)
-    documents: Mapping[str, str] = field(default_factory=dict, repr=False)
+    documents: Mapping[str, str | bytes] = field(default_factory=dict, repr=False)
     shared: frozenset[str] = frozenset()
     written: tuple[Path, ...] = ()
+    word: str = ""
+
+    def key_of(self, name: str) -> str:
+        """Return under which key the pod's Secret holds something.
+
+        No two launches have the same: the Secret of an earlier one, which the cluster has not cleared away yet, has
+        the same name, and nothing of it is taken for this one's.
+        """
+        # Nodes look for this one by its own name.
+        return name if name == DOCKER_CONFIG else f"{self.word}-{name}"
 
     @property
     def needs_secret(self) -> bool:
@@ -120,6 +133,19 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
     uid = int(pod_security["runAsUser"])
     gid = int(pod_security.get("runAsGroup", uid))
     name = pod_name(launch.step_run_id)
+    spec = PodSpec(
+        name=name,
+        step_run_id=launch.step_run_id,
+        image_name=image_name,
+        argv=launch.argv,
+        uid=uid,
+        gid=gid,
+        memory=memory,
+        gpus=gpus,
+        secrets=launch.secrets,
+        manifest={},
+        word=secrets.token_hex(_WORD_BYTES),
+    )
     shm_size = choose_shm_size(wanted, default=compute.shm_size, gpus=gpus, memory=memory)
     mounts: list[Json] = [
         {"name": WORKSPACE, "mountPath": f"{ROOT}/{part}", "subPath": part} for part in _SUB_PATHS
@@ -138,7 +164,7 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
         "command": [_literal(argument) for argument in launch.argv],
         "args": [],  # an image's own arguments may not come after what the step declares
         "workingDir": CODE,
-        "env": _variables(launch, name, uid),
+        "env": _variables(launch, spec),
         "resources": _resources(launch, compute, memory=memory, gpus=gpus),
         "volumeMounts": mounts,
         "securityContext": container_security,
@@ -177,24 +203,15 @@ def plan_pod(launch: StepLaunch, compute: KubernetesComputeSpec, *, image_name: 
             launch.timeout_seconds
             + 2 * (compute.startup_timeout_seconds + compute.schedule_timeout_seconds)
         )
-    return PodSpec(
-        name=name,
-        step_run_id=launch.step_run_id,
-        image_name=image_name,
-        argv=launch.argv,
-        uid=uid,
-        gid=gid,
-        memory=memory,
-        gpus=gpus,
-        secrets=launch.secrets,
-        manifest=manifest,
-    )
+    return replace(spec, manifest=manifest)
 
 
 def secret_manifest(spec: PodSpec, owner: Mapping[str, Any]) -> Json:
     """Return the Secret with the step's secrets. It belongs to the pod or the Job: the cluster removes both."""
-    values = {str(number): value for number, value in enumerate(spec.secrets.values())}
-    values |= spec.documents
+    values: dict[str, str | bytes] = {
+        **{str(number): value for number, value in enumerate(spec.secrets.values())},
+        **spec.documents,
+    }
     return {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -206,7 +223,9 @@ def secret_manifest(spec: PodSpec, owner: Mapping[str, Any]) -> Json:
             "ownerReferences": [owner_reference(owner)],
         },
         "data": {
-            name: base64.b64encode(value.encode("utf-8", "surrogateescape")).decode()
+            spec.key_of(name): base64.b64encode(
+                value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
+            ).decode()
             for name, value in values.items()
         },
     }
@@ -219,19 +238,18 @@ def owner_reference(owner: Mapping[str, Any]) -> Json:
     return {"apiVersion": version, "kind": kind, "name": meta["name"], "uid": meta["uid"]}
 
 
-def _variables(launch: StepLaunch, secret: str, uid: int) -> list[Json]:
+def _variables(launch: StepLaunch, spec: PodSpec) -> list[Json]:
     env = dict(launch.env)
-    if uid and "HOME" not in env:
+    if spec.uid and "HOME" not in env:
         env = {**HOME_VARIABLES, **env}
     variables: list[Json] = [
         {"name": name, "value": _literal(value)}
         for name, value in env.items()
         if name not in launch.secrets
     ]
-    variables += [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": str(number)}}}
-        for number, name in enumerate(launch.secrets)
-    ]
+    for number, name in enumerate(launch.secrets):
+        reference = {"name": spec.name, "key": spec.key_of(str(number))}
+        variables.append({"name": name, "valueFrom": {"secretKeyRef": reference}})
     return variables
 
 

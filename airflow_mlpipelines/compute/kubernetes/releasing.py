@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 from airflow_mlpipelines.compute.container_layout import LABEL_PREFIX
 from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError, connect
 from airflow_mlpipelines.compute.kubernetes.gang import discard_gang
-from airflow_mlpipelines.compute.kubernetes.lifetime import KILL_SECONDS, belongs_to, is_of
+from airflow_mlpipelines.compute.kubernetes.lifetime import (
+    KILL_SECONDS,
+    belongs_to,
+    has_secret,
+    is_of,
+)
 from airflow_mlpipelines.compute.kubernetes.pod import pod_name
 from airflow_mlpipelines.compute.kubernetes.removal import DELETE_SECONDS, Thing, delete_all
 from airflow_mlpipelines.compute.kubernetes.watch import ENDED_PHASES, is_leaving
@@ -117,18 +122,3 @@ def _delete_pod(cluster: Cluster, pod: Mapping[str, Any], *, patience: float) ->
 def _bears(found: Mapping[str, Any], word: str) -> bool:
     labels = found["metadata"].get("labels") or {}
     return bool(labels.get(f"{LABEL_PREFIX}{LAUNCH}") == word)
-
-
-def has_secret(pod: Mapping[str, Any]) -> bool:
-    """Return whether the pod refers to a Secret of its own name."""
-    name, spec = pod["metadata"]["name"], pod["spec"]
-    mounted = (
-        (volume.get("secret") or {}).get("secretName") for volume in spec.get("volumes") or ()
-    )
-    sources = (
-        ((variable.get("valueFrom") or {}).get("secretKeyRef") or {}).get("name")
-        for container in spec["containers"]
-        for variable in container.get("env") or ()
-    )
-    pulled_with = (item.get("name") for item in spec.get("imagePullSecrets") or ())
-    return name in mounted or name in sources or name in pulled_with

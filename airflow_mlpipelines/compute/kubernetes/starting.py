@@ -298,7 +298,7 @@ def _not_staged(
     if compute.agent_image is None:
         return StepFailedError(
             step,
-            f"{ended}. Does its image {compute.helper_image!r} (the compute's helper_image) have sh and tar?",
+            f"{ended}. Does its image {compute.helper_image!r} (the compute's helper_image) have sh, tar and gzip?",
         )
     return StepFailedError(
         step,

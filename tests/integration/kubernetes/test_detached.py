@@ -15,6 +15,7 @@ import yaml
 from kubernetes import client
 
 from airflow_mlpipelines.compute.base import DetachedError, RelaunchError
+from airflow_mlpipelines.compute.kubernetes import packing
 from airflow_mlpipelines.compute.kubernetes.awaiting import PodAwaiter
 from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodNews, PodWatch, Reason
 from airflow_mlpipelines.definition.graph import ResourcesSpec
@@ -140,6 +141,13 @@ def test_worker_trigger_and_worker_hand_on_every_line_once(step: PodStep) -> Non
     assert step.look.secrets() == []
 
 
+@pytest.fixture
+def large_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a step has counts as too large to travel in its pod's Secret."""
+    monkeypatch.setattr(packing, "LARGEST", 0)
+
+
+@pytest.mark.usefixtures("large_files")
 def test_a_pod_that_waits_for_a_gpu_gets_its_files_once_it_has_one(
     step: PodStep, occupant: Any, gpus: int
 ) -> None:
@@ -157,12 +165,40 @@ def test_a_pod_that_waits_for_a_gpu_gets_its_files_once_it_has_one(
     assert watch.pods == {step.look.name: uid}
 
 
-def test_a_pod_that_no_node_takes_in_time_fails_in_the_schedulers_words(step: PodStep) -> None:
+def test_a_pod_that_waits_for_a_gpu_begins_its_step_without_a_worker(
+    step: PodStep, occupant: Any, gpus: int
+) -> None:
+    leave = occupant()
+    options: dict[str, Any] = {"resources": ResourcesSpec(gpus=gpus)}
+    with pytest.raises(DetachedError) as detached:
+        go_on(step, "print('at last')", **options)
+    watch = PodWatch.from_dict(detached.value.watch)
+    assert watch.secret == step.look.name
+    assert not step.look.is_running()
+    uid = step.look.pod().metadata.uid
+    news_of = wait_beside(step, watch)
+    time.sleep(2)
+    leave()
+    news = news_of()
+    assert news.reason is Reason.ENDED
+    assert step.lines == ["at last"]
+    go_on(step, "print('at last')", news, **options)
+    assert step.lines == ["at last"]
+    assert watch.pods == {step.look.name: uid}
+    assert step.look.secrets() == []
+
+
+@pytest.mark.parametrize("awaits", [Awaited.FILES, Awaited.END])
+def test_a_pod_that_no_node_takes_in_time_fails_in_the_schedulers_words(
+    step: PodStep, awaits: Awaited, request: pytest.FixtureRequest
+) -> None:
+    if awaits is Awaited.FILES:
+        request.getfixturevalue("large_files")
     options: dict[str, Any] = {
         "resources": ResourcesSpec(gpus=64),
         "compute": {"schedule_timeout_seconds": 4},
     }
-    watch = detach(step, "", awaits=Awaited.FILES, **options)
+    watch = detach(step, "", awaits=awaits, **options)
     news = wait(step, watch)
     assert news.reason is Reason.UNSCHEDULED
     options["compute"] = {"schedule_timeout_seconds": 4}

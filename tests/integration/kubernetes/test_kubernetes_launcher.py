@@ -410,6 +410,7 @@ def test_a_pod_that_never_got_its_files_is_begun_anew(
     def lose(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    (step.root / "code" / "weights").write_bytes(os.urandom(MEBIBYTE))  # too large for a Secret
     with monkeypatch.context() as patch:
         patch.setattr("airflow_mlpipelines.compute.kubernetes.attending.deliver", lose)
         patch.setattr(
@@ -423,6 +424,30 @@ def test_a_pod_that_never_got_its_files_is_begun_anew(
     assert step.look.pods() == []
     assert step.python("print(2)", launcher=launcher) == ["2"]
     assert first
+
+
+def test_a_pod_that_got_its_files_by_itself_is_adopted_from_a_worker_that_saw_nothing_of_it(
+    step: PodStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "airflow_mlpipelines.compute.kubernetes.following.PodFollower.await_step", lose
+        )
+        patch.setattr(
+            "airflow_mlpipelines.compute.kubernetes.attending.discard", lambda *_, **__: None
+        )
+        with pytest.raises(KeyboardInterrupt):
+            step.python("import time; print('first'); time.sleep(15)")
+    first = step.look.pod().metadata.uid
+    wait_until(step.look.is_running, "the step runs")
+    step.handle.set({"launcher": "kubernetes", "pod": first})  # as a lost worker leaves it
+    launcher = step.launcher()
+    assert launcher.recover(step.name, step.handle)
+    assert step.python("print('second')", launcher=launcher) == ["first"]
+    assert step.look.secrets() == []
 
 
 def test_a_worker_that_was_given_up_does_not_kill_its_successors_pod(step: PodStep) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 import uuid
 from typing import TYPE_CHECKING
@@ -52,9 +54,10 @@ def pin(store: Store, path: str, data: bytes = b"a,b\n"):
     return pin_external(store, path)
 
 
-def run_stage(job: Job, workspace: Path) -> list[str]:
+def run_stage(job: Job, workspace: Path, packed: Path | None = None) -> list[str]:
     lines: list[str] = []
-    stage(job, workspace, say=lines.append, private=workspace / "control" / "agent")
+    private = workspace / "control" / "agent"
+    stage(job, workspace, say=lines.append, private=private, packed=packed)
     return lines
 
 
@@ -161,6 +164,30 @@ def test_nothing_is_put_in_place_before_the_worker_has_sent_its_part(store, work
     (workspace / "control" / "staged").touch()
     waiting.join(30)
     assert (workspace / "inputs" / "raw" / "raw.csv").exists()
+
+
+def test_what_the_worker_has_packed_is_taken_without_it(store, workspace, tmp_path):
+    packed, own = tmp_path / "files.tar.gz", tmp_path / "own"
+    (own / "runtime").mkdir(parents=True)
+    (own / "runtime" / "run.py").write_text("new")
+    (own / "inputs").mkdir()
+    with tarfile.open(packed, "w:gz") as archive:
+        for name in ("runtime", "inputs"):
+            archive.add(own / name, name)
+    job = make_job(store, inputs={"raw": WantedInput(pin(store, "raw.csv"), "raw/raw.csv")})
+    for _ in range(2):  # a node that was restarted runs the container again
+        (workspace / "runtime").mkdir(exist_ok=True)
+        (workspace / "runtime" / "left.py").touch()
+        run_stage(job, workspace, packed)
+        assert [file.name for file in (workspace / "runtime").iterdir()] == ["run.py"]
+        assert (workspace / "inputs" / "raw" / "raw.csv").exists()
+
+
+def test_packed_files_that_are_damaged_are_told_of(store, workspace, tmp_path):
+    packed = tmp_path / "files.tar.gz"
+    packed.write_bytes(gzip.compress(b"no archive at all")[:-4])
+    with pytest.raises(DataError, match=r"files\.tar\.gz, can't be unpacked"):
+        run_stage(make_job(store), workspace, packed)
 
 
 def test_a_pod_that_no_worker_asks_for_ends(store, workspace, monkeypatch):
@@ -334,8 +361,9 @@ def test_work_goes_on_when_the_worker_has_gone(monkeypatch):
 
 
 def test_wrong_use_is_told(capsys):
-    assert command_line.main(["commit"]) == 2
-    assert "stage|commit|keep" in capsys.readouterr().err
+    for wrong in (["commit"], [], ["commit", "job", "files"], ["look", "job"], ["stage"]):
+        assert command_line.main(wrong) == 2
+        assert "stage JOB [FILES] | commit JOB | keep JOB" in capsys.readouterr().err
 
 
 def test_the_agent_needs_no_more_than_its_image_has():

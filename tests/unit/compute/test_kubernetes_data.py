@@ -268,7 +268,9 @@ def test_the_job_is_in_the_secret_and_no_credential_is_in_the_pod(tmp_path: Path
     assert "canary" in spec.documents["job.json"]
     assert spec.needs_secret
     made = secret_manifest(spec, {"metadata": {"name": "p", "uid": "u"}})
-    assert set(made["data"]) == {"0", "job.json"}
+    assert set(made["data"]) == {spec.key_of("0"), spec.key_of("job.json")}
+    volume = next(item for item in spec.manifest["spec"]["volumes"] if item["name"] == "mlp-job")
+    assert volume["secret"]["items"] == [{"key": spec.key_of("job.json"), "path": "job.json"}]
     assert "/mlp-job" not in mounts_of(spec)
     for helper in ("stage", "outputs"):
         assert mounts_of(spec, helper)["/mlp-job"]["readOnly"]

@@ -226,7 +226,7 @@ def test_what_a_trigger_has_given_up_is_not_waited_for_anew() -> None:
     [
         ({"exitCode": 137, "reason": "OOMKilled"}, "killed for want of memory"),
         ({"exitCode": NO_CONTACT, "reason": "Error"}, "for 6 hours, in which no worker came"),
-        ({"exitCode": 127, "reason": "Error", "message": "sh: tar"}, r"code 127 \(Error sh: tar\).*have sh and tar"),
+        ({"exitCode": 127, "reason": "Error", "message": "sh: tar"}, r"code 127 \(Error sh: tar\).*have sh, tar and gzip"),
     ],
 )  # fmt: skip
 def test_why_no_files_were_taken_is_told(facts: dict[str, Any], told: str) -> None:

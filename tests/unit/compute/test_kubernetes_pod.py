@@ -162,13 +162,21 @@ def test_secrets_are_only_in_the_secret(tmp_path: Path) -> None:
     assert "canary" not in repr(planned)
     assert "canary" not in str(planned.manifest)
     env = step_container(planned)["env"]
-    assert [item for item in env if item["name"] == "TOKEN"] == [
-        {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "mlp-0123", "key": "0"}}}
-    ]
+    [told] = [item for item in env if item["name"] == "TOKEN"]
+    reference = told["valueFrom"]["secretKeyRef"]
+    assert reference["name"] == "mlp-0123"
     assert {"name": "A", "value": "$$(B)"} in env
     secret = secret_manifest(planned, {"metadata": {"name": "mlp-0123", "uid": "u"}})
-    assert secret["data"] == {"0": "Y2FuYXJ5LTQ3MTE="}
+    assert secret["data"] == {reference["key"]: "Y2FuYXJ5LTQ3MTE="}
     assert secret["metadata"]["ownerReferences"][0]["uid"] == "u"
+
+
+def test_nothing_is_taken_from_the_secret_of_an_earlier_launch(tmp_path: Path) -> None:
+    def keys() -> set[str]:
+        planned = plan(tmp_path, {"secrets": {"TOKEN": "canary-4711"}})
+        return set(secret_manifest(planned, {"metadata": {"name": "mlp-0123", "uid": "u"}})["data"])
+
+    assert not keys() & keys()
 
 
 def test_a_template_is_kept_where_the_step_says_nothing(tmp_path: Path) -> None:

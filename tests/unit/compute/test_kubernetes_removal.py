@@ -6,7 +6,7 @@ import pytest
 
 from airflow_mlpipelines.compute.kubernetes import removal
 from airflow_mlpipelines.compute.kubernetes.cluster import ClusterError
-from airflow_mlpipelines.compute.kubernetes.releasing import has_secret
+from airflow_mlpipelines.compute.kubernetes.lifetime import has_secret
 from airflow_mlpipelines.compute.kubernetes.removal import Thing, delete_all
 
 POD, SECRET = Thing("pods", "a", uid="1", seconds=2), Thing("secrets", "a")

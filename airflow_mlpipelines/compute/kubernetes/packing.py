@@ -1,0 +1,74 @@
+"""Small files of a step in its pod's Secret: the pod unpacks them by itself, and no worker has to wait for it."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from airflow_mlpipelines.compute.kubernetes.archive import (
+    archive_size,
+    make_entries,
+    write_archive,
+)
+from airflow_mlpipelines.compute.kubernetes.pod import STAGE
+from airflow_mlpipelines.compute.kubernetes.scripts import SHELL, UNPACK
+from airflow_mlpipelines.compute.kubernetes.volumes import has_helpers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from airflow_mlpipelines.compute.base import Stage
+    from airflow_mlpipelines.compute.kubernetes.pod import PodSpec
+
+PACKED_NAME = "files.tar.gz"
+LARGEST = 256 << 10
+"""Bytes, compressed. A Secret holds 1 MiB, but every one lies in the cluster's database as long as its pod."""
+_LARGEST_ARCHIVE = 2 << 20
+_LARGEST_SECRET = 960 << 10
+_VOLUME = "mlp-files"
+_DIRECTORY = "/mlp-files"
+
+
+def pack_files(spec: PodSpec, stage: Stage) -> PodSpec:
+    """Return the pod with its step's files in its Secret, if they are small; else as it is.
+
+    Raises:
+        CommandError: There is something that is neither a file nor a directory.
+    """
+    if not has_helpers(spec.manifest):
+        return spec
+    entries = make_entries(stage, spec)
+    if archive_size(entries) > _LARGEST_ARCHIVE:
+        return spec
+    packed = gzip.compress(b"".join(write_archive(entries)), mtime=0)
+    others = (*spec.secrets.values(), *spec.documents.values())
+    if len(packed) > LARGEST or len(packed) + sum(map(_size, others)) > _LARGEST_SECRET:
+        return spec
+    _mount(spec)
+    return replace(spec, documents={**spec.documents, PACKED_NAME: packed})
+
+
+def is_packed(pod: Mapping[str, Any]) -> bool:
+    """Return whether the pod finds its step's files in its Secret."""
+    return any(volume["name"] == _VOLUME for volume in pod["spec"].get("volumes") or ())
+
+
+def _mount(spec: PodSpec) -> None:
+    manifest = spec.manifest["spec"]
+    item = {"key": spec.key_of(PACKED_NAME), "path": PACKED_NAME}
+    source = {"secretName": spec.name, "items": [item]}
+    manifest["volumes"] = [*manifest["volumes"], {"name": _VOLUME, "secret": source}]
+    stage = next(item for item in manifest["initContainers"] if item["name"] == STAGE)
+    mount = {"name": _VOLUME, "mountPath": _DIRECTORY, "readOnly": True}
+    stage["volumeMounts"] = [*stage["volumeMounts"], mount]
+    file = f"{_DIRECTORY}/{PACKED_NAME}"
+    if stage["command"][0] == SHELL:
+        stage["command"] = [SHELL, "-c", UNPACK, SHELL, file]
+        stage["terminationMessagePolicy"] = "FallbackToLogsOnError"
+    else:
+        stage["command"] = [*stage["command"], file]
+
+
+def _size(value: str | bytes) -> int:
+    return len(value)
