@@ -60,7 +60,7 @@ def get_provider_info() -> dict[str, Any]:
                         "then need not: ``auto``, what every step needs, and the Kubernetes client (45 MB in each "
                         "component) where ``KUBECONFIG``, ``~/.kube/config`` or a pod's service account leads to a "
                         "cluster; ``all``, that client in any case, also for clusters that are reached by an Airflow "
-                        "connection; ``none``.",
+                        "connection; ``none``, nothing, nor is the metadata database made ready.",
                         "version_added": "0.1.0",
                         "type": "string",
                         "example": "all",

@@ -77,12 +77,23 @@ def make_entries(stage: Stage, spec: PodSpec) -> list[Entry]:
     Raises:
         CommandError: There is something that is neither a file nor a directory.
     """
-    return [_entry(member, spec) for member in stage_members(stage, spec.shared)]
+    return list(iter_entries(stage, spec))
+
+
+def iter_entries(stage: Stage, spec: PodSpec) -> Iterator[Entry]:
+    """Yield what :func:`make_entries` returns, one after the other."""
+    return (_entry(member, spec) for member in stage_members(stage, spec.shared))
 
 
 def archive_size(entries: Iterable[Entry]) -> int:
     """Return the bytes that :func:`write_archive` will yield."""
-    return sum(_size(info) for info, _ in entries) + 2 * _RECORD
+    return sum(map(entry_size, entries)) + 2 * _RECORD
+
+
+def entry_size(entry: Entry) -> int:
+    """Return the bytes that one entry takes in the archive."""
+    info, _ = entry
+    return len(_header(info)) + -(-info.size // _RECORD) * _RECORD
 
 
 def unpack(archive: tarfile.TarFile, target: Path) -> None:
@@ -135,10 +146,6 @@ def _entry(member: Member, spec: PodSpec) -> tuple[tarfile.TarInfo, Path | None]
         info.mode = found.st_mode & 0o777 | (0o700 if info.isdir() else 0o600)
     info.uid, info.gid, info.uname, info.gname = spec.uid, spec.gid, "", ""
     return info, path
-
-
-def _size(info: tarfile.TarInfo) -> int:
-    return len(_header(info)) + -(-info.size // _RECORD) * _RECORD
 
 
 def _header(info: tarfile.TarInfo) -> bytes:

@@ -32,13 +32,13 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     create_pod,
     create_secret,
     discard,
-    has_files,
     remove_pod,
     take_over,
 )
 from airflow_mlpipelines.compute.kubernetes.logs import read_tail
-from airflow_mlpipelines.compute.kubernetes.packing import is_packed, pack_files
+from airflow_mlpipelines.compute.kubernetes.packing import awaits_files, pack_files
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, STEP
+from airflow_mlpipelines.compute.kubernetes.refusals import find_shortage
 from airflow_mlpipelines.compute.kubernetes.removal import patience_after
 from airflow_mlpipelines.compute.kubernetes.room import make_when_room
 from airflow_mlpipelines.compute.kubernetes.transfer import collect, deliver
@@ -146,7 +146,7 @@ class PodAttendant:
                 raise was_killed(self._launch)
             hand_over(self._spec)
             made = make_when_room(
-                lambda: create_pod(self._cluster, self._spec, self._token),
+                self._make,
                 self._launch,
                 self._cluster.compute,
                 note=self._note,
@@ -156,7 +156,7 @@ class PodAttendant:
             if made is None:
                 raise was_killed(self._launch)
             pod, self._stops.look = made, lambda: made
-            self._prepare(pod, is_new=True)
+            self._prepare(pod)
         else:
             own = take_over(self._cluster, "pods", self._spec.name, self._token)
             self._stops.look = lambda: own
@@ -164,9 +164,9 @@ class PodAttendant:
                 log.info("Adopting pod %s of an earlier try, with its log so far:", self._spec.name)
             else:
                 log.info("Going on with pod %s: %s", self._spec.name, self._news.reason)
-            if not has_files(pod):
+            if awaits_files(pod):
                 hand_over(self._spec)  # what it is to write to has been made anew for this try
-                self._prepare(pod, is_new=False)
+                self._prepare(pod)
         return self._attend(pod, emit)
 
     def check(self, end: PodEnd, log_tail: tuple[str, ...]) -> None:
@@ -184,26 +184,42 @@ class PodAttendant:
         if code != 0:
             raise end_failure(self._launch.step_name, end, self._spec, log_tail)
 
-    def _prepare(self, pod: Mapping[str, Any], *, is_new: bool) -> None:
-        """Let the pod's step begin; whatever fails on the way leaves no pod."""
-        cluster, spec = self._cluster, self._spec
-        uid = pod["metadata"]["uid"]
+    def _make(self) -> Mapping[str, Any]:
+        """Return the pod, made now with its Secret; where the cluster refuses either, none of them is left."""
+        cluster, spec, queued_at = self._cluster, self._spec, self._note.queued_at
+        pod = create_pod(cluster, spec, self._token)
         try:
             # Noted before anything of the program can run: whatever runs can be found again.
-            if is_new:
-                self._note.set(uid)
-                log.info("Pod %s in namespace %s", spec.name, cluster.namespace)
-                if spec.needs_secret:
-                    create_secret(cluster, spec, pod)
-            if has_helpers(pod) and not is_packed(pod):
-                self._deliver(uid)
+            self._note.set(pod["metadata"]["uid"])
+            if spec.needs_secret:
+                create_secret(cluster, spec, pod)
+        except BaseException as error:
+            self._give_up(pod, error)
+            if isinstance(error, ClusterError) and find_shortage(error) is not None:
+                remove_pod(cluster, pod)  # the next one has its name
+                if queued_at is not None:
+                    self._note.queue(queued_at)
+            raise
+        log.info("Pod %s in namespace %s", spec.name, cluster.namespace)
+        return pod
+
+    def _prepare(self, pod: Mapping[str, Any]) -> None:
+        """Let the pod's step begin; whatever fails on the way leaves no pod."""
+        if not awaits_files(pod):
+            return
+        try:
+            self._deliver(pod["metadata"]["uid"])
         except DetachedError:
             raise
         except BaseException as error:
-            with suppress(ClusterError):
-                discard(cluster, spec, pod, seconds=KILL_SECONDS, patience=patience_after(error))
-            self._note.set(None)
+            self._give_up(pod, error)
             raise
+
+    def _give_up(self, pod: Mapping[str, Any], error: BaseException) -> None:
+        with suppress(ClusterError):
+            patience = patience_after(error)
+            discard(self._cluster, self._spec, pod, seconds=KILL_SECONDS, patience=patience)
+        self._note.set(None)
 
     def _deliver(self, uid: str) -> None:
         """Send the step's files once the pod can take them.

@@ -36,7 +36,7 @@ class Awaited(StrEnum):
     FILES = "files"
     """The pod waits for a node and its images; once it has them, it wants the step's files."""
     END = "end"
-    """The pod has the files; once the step has ended, there is something to fetch."""
+    """The pod has the files, or finds them in its Secret; once the step has ended, there is something to fetch."""
     ROOM = "room"
     """There is no pod yet: a quota has no room for it, and it is to be tried again after a while."""
 

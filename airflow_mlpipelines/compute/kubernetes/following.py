@@ -136,8 +136,9 @@ class PodFollower:
         """Return what to raise to leave the pod to itself; ``logs`` says how far they were handed on."""
         meta, spec, compute = pod["metadata"], self._spec, self._compute
         self._note.set(meta["uid"], awaits=awaits.value)
-        has_begun = container_state(pod, STEP)[0] != "waiting"
-        what = "goes on" if has_begun else "waits for its node and images"
+        states = (container_state(pod, STAGE)[0], container_state(pod, STEP)[0])
+        waits = states[0] != "running" and states[1] == "waiting"
+        what = "waits for its node and images" if waits else "goes on"
         log.info("Pod %s %s without a worker; its log follows here", spec.name, what)
         watch = PodWatch(
             compute=compute.name,

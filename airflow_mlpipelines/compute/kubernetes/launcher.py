@@ -43,6 +43,7 @@ from airflow_mlpipelines.compute.kubernetes.lifetime import (
     is_waiting,
     remove_pod,
 )
+from airflow_mlpipelines.compute.kubernetes.packing import awaits_files
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE, plan_pod, pod_name
 from airflow_mlpipelines.compute.kubernetes.pull_secrets import add_pull_secret
 from airflow_mlpipelines.compute.kubernetes.refusals import refusal
@@ -166,7 +167,7 @@ class KubernetesLauncher(Launcher):
                 pods = find_gang(self._cluster, step_run_id, note.job, waits=waits)
                 return pods is not None and all(has_files(pod) for pod in pods)
             found = self._find_survivor(step_run_id, note)
-        return found is not None and has_files(found)
+        return found is not None and not awaits_files(found)
 
     def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
         """Run the step's pod to its end; an earlier try's is adopted, with its whole log.

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlpipelines.compute.kubernetes.archive import (
-    archive_size,
-    make_entries,
+    entry_size,
+    iter_entries,
     write_archive,
 )
+from airflow_mlpipelines.compute.kubernetes.lifetime import has_files
 from airflow_mlpipelines.compute.kubernetes.pod import STAGE
 from airflow_mlpipelines.compute.kubernetes.scripts import SHELL, UNPACK
 from airflow_mlpipelines.compute.kubernetes.volumes import has_helpers
@@ -38,9 +39,12 @@ def pack_files(spec: PodSpec, stage: Stage) -> PodSpec:
     """
     if not has_helpers(spec.manifest):
         return spec
-    entries = make_entries(stage, spec)
-    if archive_size(entries) > _LARGEST_ARCHIVE:
-        return spec
+    entries, size = [], 0
+    for entry in iter_entries(stage, spec):  # of a million files, only the first are looked at
+        size += entry_size(entry)
+        if size > _LARGEST_ARCHIVE:
+            return spec
+        entries.append(entry)
     packed = gzip.compress(b"".join(write_archive(entries)), mtime=0)
     others = (*spec.secrets.values(), *spec.documents.values())
     if len(packed) > LARGEST or len(packed) + sum(map(_size, others)) > _LARGEST_SECRET:
@@ -52,6 +56,14 @@ def pack_files(spec: PodSpec, stage: Stage) -> PodSpec:
 def is_packed(pod: Mapping[str, Any]) -> bool:
     """Return whether the pod finds its step's files in its Secret."""
     return any(volume["name"] == _VOLUME for volume in pod["spec"].get("volumes") or ())
+
+
+def awaits_files(pod: Mapping[str, Any]) -> bool:
+    """Return whether a worker has to send the step's files before it can begin.
+
+    One that finds them in its Secret may begin at any moment: nothing that it works with is to be made anew.
+    """
+    return not (has_files(pod) or is_packed(pod))
 
 
 def _mount(spec: PodSpec) -> None:
@@ -71,4 +83,4 @@ def _mount(spec: PodSpec) -> None:
 
 
 def _size(value: str | bytes) -> int:
-    return len(value)
+    return len(value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape"))

@@ -1,4 +1,4 @@
-"""What the pod's helpers run: small programs for any POSIX shell with tar, head, tee, find and sha256sum.
+"""What the pod's helpers run: small programs for any POSIX shell with tar, gzip, head, tee, find and sha256sum.
 
 They and the worker meet in the pod's workspace. Whatever a worker asks for touches ``control/contact``;
 when that has not happened for six hours, there is no worker any more, and the pod ends by itself. A tree is

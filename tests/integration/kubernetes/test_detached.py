@@ -176,6 +176,8 @@ def test_a_pod_that_waits_for_a_gpu_begins_its_step_without_a_worker(
     assert watch.secret == step.look.name
     assert not step.look.is_running()
     uid = step.look.pod().metadata.uid
+    # It may begin at any moment, so nothing that it works with is made anew.
+    assert step.launcher().recover(step.name, step.handle)
     news_of = wait_beside(step, watch)
     time.sleep(2)
     leave()

@@ -25,7 +25,7 @@ from airflow_mlpipelines.compute.base import Carriage, CarriedOutput, DetachedEr
 from airflow_mlpipelines.compute.kubernetes import attending
 from airflow_mlpipelines.compute.kubernetes.awaiting import PodAwaiter
 from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
-from airflow_mlpipelines.compute.kubernetes.detaching import PodWatch, Reason
+from airflow_mlpipelines.compute.kubernetes.detaching import Awaited, PodWatch, Reason
 from airflow_mlpipelines.exceptions import DataError, StepFailedError, StoreError
 from airflow_mlpipelines.storage.snapshots import make_snapshot
 from airflow_mlpipelines.storage.transfer import pin_external
@@ -493,6 +493,20 @@ def find_watch(step: CarriedStep, lines: list[str], **options: Any) -> dict[str,
 
 def keep_line(lines: list[str], _time: str, line: str) -> None:
     lines.append(line)
+
+
+def test_a_pod_that_no_node_takes_yet_is_left_to_itself_with_all_of_its_logs_unread(
+    step: CarriedStep, lake: Lake
+) -> None:
+    launcher = step.launcher(node_selector={"never": "there"}, defer_after_seconds=1)
+    with pytest.raises(DetachedError) as left:
+        step.python("", launcher=launcher, carriage=step.carriage(lake), detach=True)
+    watch = PodWatch.from_dict(left.value.watch)
+    assert watch.awaits is Awaited.END
+    assert watch.logs == {step.look.name: None, f"{step.look.name}/stage": None}
+    later = step.launcher()
+    assert later.recover(step.name, step.handle)
+    assert later.release(step.name, step.handle)
 
 
 def test_a_step_that_is_killed_while_its_inputs_are_fetched_is_gone_at_once(

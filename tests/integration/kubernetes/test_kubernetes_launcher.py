@@ -404,15 +404,17 @@ def test_a_step_whose_pods_are_lost_time_and_again_fails_without_blame(step: Pod
 # ---- one pod for each step run ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("lost_in", ["deliver", "create_secret"])
 def test_a_pod_that_never_got_its_files_is_begun_anew(
-    step: PodStep, monkeypatch: pytest.MonkeyPatch
+    step: PodStep, monkeypatch: pytest.MonkeyPatch, lost_in: str
 ) -> None:
     def lose(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    (step.root / "code" / "weights").write_bytes(os.urandom(MEBIBYTE))  # too large for a Secret
+    if lost_in == "deliver":
+        (step.root / "code" / "weights").write_bytes(os.urandom(MEBIBYTE))  # too large for a Secret
     with monkeypatch.context() as patch:
-        patch.setattr("airflow_mlpipelines.compute.kubernetes.attending.deliver", lose)
+        patch.setattr(f"airflow_mlpipelines.compute.kubernetes.attending.{lost_in}", lose)
         patch.setattr(
             "airflow_mlpipelines.compute.kubernetes.attending.discard", lambda *_, **__: None
         )

@@ -229,6 +229,25 @@ def test_room_in_a_quota_is_waited_for_and_told_once(
     assert step.handle.get() is None
 
 
+def test_room_for_a_pods_secret_is_waited_for_too(
+    step: PodStep, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "airflow_mlpipelines")
+    api = make_api(step.kubeconfig)
+    set_quota(step, namespace, secrets="1")
+    api.create_namespaced_secret(namespace, {"metadata": {"name": "busy"}})
+    running = _Running(step, "print('ran')", step.launcher(namespace=namespace), {})
+    wait_until(lambda: "Waiting for room in quota 'small'" in caplog.text, "it waits")
+    time.sleep(3)
+    assert running.error is None
+    api.delete_namespaced_secret("busy", namespace)
+    running.wait()
+    assert step.lines == ["ran"]
+    assert caplog.text.count("Waiting for room") == 1
+    assert step.handle.get() is None
+    assert api.list_namespaced_secret(namespace).items == []
+
+
 def test_room_that_does_not_come_in_time_is_told(step: PodStep, namespace: str) -> None:
     set_quota(step, namespace, pods="1")
     occupy(step, namespace)
