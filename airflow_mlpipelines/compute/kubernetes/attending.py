@@ -156,7 +156,8 @@ class PodAttendant:
             if made is None:
                 raise was_killed(self._launch)
             pod, self._stops.look = made, lambda: made
-            self._prepare(pod)
+            if awaits_files(pod):
+                self._prepare(pod)
         else:
             own = take_over(self._cluster, "pods", self._spec.name, self._token)
             self._stops.look = lambda: own
@@ -205,8 +206,6 @@ class PodAttendant:
 
     def _prepare(self, pod: Mapping[str, Any]) -> None:
         """Let the pod's step begin; whatever fails on the way leaves no pod."""
-        if not awaits_files(pod):
-            return
         try:
             self._deliver(pod["metadata"]["uid"])
         except DetachedError:

@@ -162,12 +162,13 @@ def test_secrets_are_only_in_the_secret(tmp_path: Path) -> None:
     assert "canary" not in repr(planned)
     assert "canary" not in str(planned.manifest)
     env = step_container(planned)["env"]
-    [told] = [item for item in env if item["name"] == "TOKEN"]
-    reference = told["valueFrom"]["secretKeyRef"]
-    assert reference["name"] == "mlp-0123"
+    key = planned.key_of("0")
+    assert [item for item in env if item["name"] == "TOKEN"] == [
+        {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "mlp-0123", "key": key}}}
+    ]
     assert {"name": "A", "value": "$$(B)"} in env
     secret = secret_manifest(planned, {"metadata": {"name": "mlp-0123", "uid": "u"}})
-    assert secret["data"] == {reference["key"]: "Y2FuYXJ5LTQ3MTE="}
+    assert secret["data"] == {key: "Y2FuYXJ5LTQ3MTE="}
     assert secret["metadata"]["ownerReferences"][0]["uid"] == "u"
 
 
