@@ -1,6 +1,7 @@
 """What a step in a container costs on a real Airflow, against Airflow's own DockerOperator with the same image.
 
-One after the other, in a chain: a fan-out of containers measures the Docker daemon.
+One after the other, in a chain: a fan-out of containers measures the Docker daemon. Each has a DAG file of its own, as
+its users have: every task imports what its file does.
 
 Run: ``python tests/benchmarks/bench_docker.py [--rounds 5] [--json]``; needs a Docker daemon with the image
 ``python:3.11-slim`` (``.ci/python-image.sh`` makes one).
@@ -25,13 +26,10 @@ from airflow_mlpipelines.submission.rest import AirflowClient
 
 IMAGE = "python:3.11-slim"
 LIMIT = 1.15
-DAGS = '''
-"""A step in a container beside a DockerOperator, for airflow."""
+OPERATORS = '''
+"""DockerOperators in a chain, for airflow."""
 from airflow.providers.docker.operators.docker import DockerOperator
 from airflow.sdk import DAG
-from airflow_mlpipelines import CommandStep, DockerCompute, Pipeline, Workspace
-
-COMMAND = ["sh", "-c", "echo hello"]
 
 with DAG("docker_chain", schedule=None, default_args={"weight_rule": "absolute"}):
     before = None
@@ -41,6 +39,10 @@ with DAG("docker_chain", schedule=None, default_args={"weight_rule": "absolute"}
         )
         before and before >> task
         before = task
+'''
+STEPS = '''
+"""Steps in a chain, for airflow."""
+from airflow_mlpipelines import CommandStep, DockerCompute, Pipeline, Workspace
 
 compute = DockerCompute("docker", image=IMAGE)
 chain = [
@@ -65,8 +67,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mlpipelines-bench-") as folder:
         home = Path(folder)
         (home / "dags").mkdir()
-        head = f"CHAIN, IMAGE = {CHAIN}, {IMAGE!r}\n"
-        (home / "dags" / "containers.py").write_text(head + DAGS)
+        values = (CHAIN, IMAGE, ["sh", "-c", "echo hello"])
+        head = f"CHAIN, IMAGE, COMMAND = {values!r}\n"
+        for name, text in (("operators", OPERATORS), ("steps", STEPS)):
+            (home / "dags" / f"{name}.py").write_text(head + text)
         with AirflowStack(home, home / "dags") as stack:
             client = AirflowClient(stack.url, username=stack.username, password=stack.password)
             result = {

@@ -11,10 +11,18 @@ from typing import Any
 
 import pytest
 
+from airflow_mlpipelines.compute.base import Carriage
 from airflow_mlpipelines.compute.kubernetes import packing
-from airflow_mlpipelines.compute.kubernetes.packing import PACKED_NAME, is_packed, pack_files
-from airflow_mlpipelines.compute.kubernetes.pod import secret_manifest
+from airflow_mlpipelines.compute.kubernetes.agent import add_agent
+from airflow_mlpipelines.compute.kubernetes.packing import (
+    PACKED_NAME,
+    awaits_files,
+    is_packed,
+    pack_files,
+)
+from airflow_mlpipelines.compute.kubernetes.pod import plan_pod, secret_manifest
 from airflow_mlpipelines.compute.kubernetes.scripts import SHELL, UNPACK
+from airflow_mlpipelines.definition.graph import KubernetesComputeSpec
 from tests.unit.compute.test_kubernetes_data import make_launch, mounts_of, plan
 
 OWNER = {"metadata": {"name": "p", "uid": "u"}}
@@ -80,6 +88,36 @@ def test_what_is_large_is_sent_by_a_worker(launch: Any, size: int) -> None:
 def test_text_that_packs_well_may_be_larger(launch: Any) -> None:
     (launch.stage.code / "words").write_text("word " * (packing.LARGEST // 4))
     assert is_packed(pack_files(plan(launch), launch.stage).manifest)
+
+
+def test_but_not_any_size(launch: Any) -> None:
+    (launch.stage.code / "words").write_text("word " * (packing.LARGEST * 2))
+    assert not is_packed(pack_files(plan(launch), launch.stage).manifest)
+
+
+@pytest.mark.parametrize(
+    ("stage_state", "awaits"),
+    [
+        ({"running": {}}, True),
+        ({"terminated": {"exitCode": 0}}, False),
+        ({"terminated": {"exitCode": 75}}, True),
+    ],
+)
+def test_who_has_to_be_sent_files(launch: Any, stage_state: dict[str, Any], awaits: bool) -> None:
+    status = {"initContainerStatuses": [{"name": "stage", "state": stage_state}]}
+    assert awaits_files({**plan(launch).manifest, "status": status}) is awaits
+    packed = pack_files(plan(launch), launch.stage).manifest
+    assert not awaits_files({**packed, "status": status})
+
+
+def test_an_agent_takes_them_besides_its_job(tmp_path: Path) -> None:
+    launch = make_launch(tmp_path, carriage=Carriage())
+    compute = KubernetesComputeSpec(name="cluster", agent_image="agent:1")
+    spec = add_agent(plan_pod(launch, compute, image_name="train:1"), launch, compute)
+    spec = pack_files(spec, launch.stage)
+    [stage] = spec.manifest["spec"]["initContainers"]
+    assert stage["command"][-3:] == ["stage", "/mlp-job/job.json", f"/mlp-files/{PACKED_NAME}"]
+    assert set(spec.documents) == {"job.json", PACKED_NAME}
 
 
 def test_a_steps_own_secrets_come_first(launch: Any) -> None:
