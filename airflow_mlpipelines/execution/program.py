@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from airflow_mlpipelines.caching.decision import RunPlan
     from airflow_mlpipelines.definition.graph import ComputeSpec, PipelineGraph, StepSpec
     from airflow_mlpipelines.execution.identity import TaskIdentity
+    from airflow_mlpipelines.execution.services import Services
     from airflow_mlpipelines.execution.staging import Workplace
-    from airflow_mlpipelines.execution.step import Services
     from airflow_mlpipelines.storage.artifact import Artifact
     from airflow_mlpipelines.storage.stores import Store
 

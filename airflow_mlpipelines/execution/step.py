@@ -28,15 +28,11 @@ if TYPE_CHECKING:
 
     from airflow_mlpipelines.caching.decision import RunPlan
     from airflow_mlpipelines.caching.fingerprint import Fingerprint
-    from airflow_mlpipelines.caching.index import MetadataIndex
-    from airflow_mlpipelines.compute.base import Emit, HandleStore, Launcher
     from airflow_mlpipelines.definition.graph import PipelineGraph, StepSpec
     from airflow_mlpipelines.execution.heartbeat import HeldLease
     from airflow_mlpipelines.execution.identity import TaskIdentity
+    from airflow_mlpipelines.execution.services import Services
     from airflow_mlpipelines.storage.artifact import Artifact
-    from airflow_mlpipelines.storage.blobs import BlobCache
-    from airflow_mlpipelines.storage.stat_cache import StatCache
-    from airflow_mlpipelines.storage.stores import StoreSet
 
 log = logging.getLogger(__name__)
 
@@ -105,31 +101,6 @@ class StepDetachedError(Exception):
         self.lease = lease
         self.began_at = began_at
         super().__init__("the step's program goes on without this worker")
-
-
-@dataclass(frozen=True)
-class Services:
-    """What a step needs of the world around it.
-
-    Attributes:
-        secrets: Environment variables of the step's process that must be seen nowhere else.
-        handle: Remembers what was launched, for a retry after the worker was lost.
-        emit: Takes a line for the step's log.
-        blobs: Data of remote datastores that this machine has fetched before.
-        may_detach: Whether a program that takes long may go on without a worker.
-        writer: Whose entries these are, such as the Airflow deployment's name.
-    """
-
-    index: MetadataIndex
-    stores: StoreSet
-    launcher: Launcher
-    handle: HandleStore
-    emit: Emit
-    blobs: BlobCache
-    secrets: Mapping[str, str] = field(default_factory=dict)
-    cache: StatCache | None = None
-    may_detach: bool = False
-    writer: str = ""
 
 
 class StepRunner:

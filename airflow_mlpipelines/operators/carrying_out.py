@@ -19,7 +19,7 @@ from airflow_mlpipelines.exceptions import DataError
 from airflow_mlpipelines.execution.build_leases import make_build_guard
 from airflow_mlpipelines.execution.handles import FileHandle
 from airflow_mlpipelines.execution.identity import TaskIdentity
-from airflow_mlpipelines.execution.step import Services
+from airflow_mlpipelines.execution.services import Services
 from airflow_mlpipelines.operators.connections import (
     metadata_url,
     open_blobs,

@@ -4,6 +4,8 @@
 (b) A pipeline of 1000 steps, run again with nothing changed, against a DAG of one PythonOperator and 1000
     tasks that it skips: how long the run takes, and how many task processes it starts.
 
+Each side has DAG files of its own, as its users have: every task imports what its file does.
+
 Run: ``python tests/benchmarks/bench_airflow.py [--steps 1000] [--rounds 5] [--json]``
 """
 
@@ -28,14 +30,10 @@ CHAIN, FAN = 20, 60
 MAKE_ALL = "--make-all"
 SETTINGS = {"AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.05"}
 """A sleeping scheduler rounds the time of a task up to its own rhythm, and hides or doubles a difference."""
-OF_STEPS = '''
-"""A step beside a BashOperator, for airflow."""
+BASH = '''
+"""BashOperators, for airflow."""
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG
-from airflow_mlpipelines import CommandStep, Pipeline, Workspace
-
-ws = Workspace.from_config()
-COMMAND = ["sh", "-c", "echo hello"]
 
 with DAG("bash_chain", schedule=None, default_args={"weight_rule": "absolute"}):
     before = BashOperator(task_id="first", bash_command="true")
@@ -48,7 +46,13 @@ with DAG("bash_fan", schedule=None, default_args={"weight_rule": "absolute"}):
     last = BashOperator(task_id="last", bash_command="true")
     for number in range(FAN):
         first >> BashOperator(task_id=f"step_{number}", bash_command="echo hello") >> last
+'''
+OURS = '''
+"""Steps with the same command, for airflow."""
+from airflow_mlpipelines import CommandStep, Pipeline, Workspace
 
+ws = Workspace.from_config()
+COMMAND = ["sh", "-c", "echo hello"]
 chain = [CommandStep(COMMAND, name=f"step_{number}", version=f"c{number}") for number in range(CHAIN)]
 for earlier, later in zip(chain, chain[1:]):
     later.run_after(earlier)
@@ -57,18 +61,18 @@ step_fan = Pipeline(
     ws, [CommandStep(COMMAND, name=f"step_{n}", version=f"f{n}") for n in range(FAN)], name="step_fan"
 ).to_dag()
 '''
-OF_REUSE = '''
-"""A pipeline that is reused beside tasks that are skipped, for airflow."""
-from airflow.providers.standard.operators.bash import BashOperator
-from airflow.providers.standard.operators.python import PythonOperator
-from airflow.sdk import DAG
-from airflow.sdk.exceptions import DownstreamTasksSkipped
-from airflow_mlpipelines import CommandStep, Pipeline, PipelineData, Workspace
-
+UPSTREAM_OF = """
 def upstream_of(number):
     if number < 10:
         return []
     return sorted({number - 10, number - 10 - number % 10 + (number + 3) % 10})
+"""
+SKIPPED = '''
+"""Tasks that another one skips, for airflow."""
+from airflow.providers.standard.operators.bash import BashOperator
+from airflow.providers.standard.operators.python import PythonOperator
+from airflow.sdk import DAG
+from airflow.sdk.exceptions import DownstreamTasksSkipped
 
 def skip_all():
     raise DownstreamTasksSkipped(tasks=[f"step_{number}" for number in range(STEPS)])
@@ -80,6 +84,10 @@ with DAG("skip_by_hand", schedule=None, default_args={"weight_rule": "absolute"}
         task = BashOperator(task_id=f"step_{number}", bash_command="true", trigger_rule="none_failed")
         (([tasks[index] for index in upstream_of(number)]) or first) >> task
         tasks.append(task)
+'''
+REUSED = '''
+"""A pipeline that is reused, for airflow."""
+from airflow_mlpipelines import CommandStep, Pipeline, PipelineData, Workspace
 
 made, many = [], []
 for number in range(STEPS):
@@ -104,15 +112,18 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mlpipelines-bench-") as folder:
         home = Path(folder)
-        (home / "dags").mkdir()
-        head = f"STEPS, CHAIN, FAN = {args.steps}, {CHAIN}, {FAN}\n"
-        (home / "dags" / "of_steps.py").write_text(head + OF_STEPS)
-        with AirflowStack(home, home / "dags", settings=SETTINGS) as stack:
+        dags = home / "dags"
+        dags.mkdir()
+        for name, text in (("bash", BASH), ("ours", OURS)):
+            (dags / f"{name}.py").write_text(f"CHAIN, FAN = {CHAIN}, {FAN}\n{text}")
+        with AirflowStack(home, dags, settings=SETTINGS) as stack:
             client = AirflowClient(stack.url, username=stack.username, password=stack.password)
             results = measure_steps(client, args.rounds)
             if args.steps:
-                # Only now: the dag-processor reads a file of so many tasks again and again.
-                (home / "dags" / "of_reuse.py").write_text(head + OF_REUSE)
+                # Only now: the dag-processor reads files of so many tasks again and again.
+                for name, text in (("skipped", SKIPPED), ("reused", REUSED)):
+                    head = f"STEPS = {args.steps}\n{UPSTREAM_OF}"
+                    (dags / f"{name}.py").write_text(head + text)
                 results.append(measure_reuse(stack, client, args.steps, args.rounds))
     for result in results:
         print(json.dumps(result) if args.json else show(result), flush=True)
@@ -161,7 +172,8 @@ def make_all_steps() -> None:
     from airflow_mlpipelines.execution.handles import FileHandle
     from airflow_mlpipelines.execution.identity import TaskIdentity
     from airflow_mlpipelines.execution.planning import plan_run
-    from airflow_mlpipelines.execution.step import Services, StepRunner
+    from airflow_mlpipelines.execution.services import Services
+    from airflow_mlpipelines.execution.step import StepRunner
     from airflow_mlpipelines.operators.connections import metadata_url, open_blobs, open_stores
 
     graph = load_pipeline(Path(sys.argv[2]), "reuse").graph
@@ -195,7 +207,7 @@ def measure_reuse(
     """Return the time of a run that reuses everything against that of tasks skipped by hand."""
     report(f"Making {steps} steps for the first time")
     subprocess.run(
-        [sys.executable, __file__, MAKE_ALL, str(stack.dags_folder / "of_reuse.py")],
+        [sys.executable, __file__, MAKE_ALL, str(stack.dags_folder / "reused.py")],
         env=stack.environment,
         check=True,
     )

@@ -23,9 +23,9 @@ from airflow_mlpipelines.definition.graph import (
 from airflow_mlpipelines.execution import program
 from airflow_mlpipelines.execution.handles import FileHandle
 from airflow_mlpipelines.execution.identity import TaskIdentity
+from airflow_mlpipelines.execution.services import Services
 from airflow_mlpipelines.execution.step import (
     Resumption,
-    Services,
     StepDetachedError,
     StepResult,
     StepRunner,

@@ -28,7 +28,7 @@ from airflow_mlpipelines.exceptions import StepFailedError
 from airflow_mlpipelines.execution.handles import FileHandle
 from airflow_mlpipelines.execution.identity import TaskIdentity
 from airflow_mlpipelines.execution.program import StepProgram, release
-from airflow_mlpipelines.execution.step import Services
+from airflow_mlpipelines.execution.services import Services
 from airflow_mlpipelines.runtime.metrics import read_metrics
 from airflow_mlpipelines.storage.blobs import BlobCache
 from airflow_mlpipelines.storage.kept import RUN_FILES

@@ -24,7 +24,7 @@ from airflow_mlpipelines.execution import program
 from airflow_mlpipelines.execution.handles import FileHandle
 from airflow_mlpipelines.execution.identity import TaskIdentity
 from airflow_mlpipelines.execution.program import StepProgram
-from airflow_mlpipelines.execution.step import Services
+from airflow_mlpipelines.execution.services import Services
 from airflow_mlpipelines.storage.blobs import BlobCache
 from airflow_mlpipelines.storage.stores import StoreSet, open_store
 from tests.helpers import make_graph, make_step
