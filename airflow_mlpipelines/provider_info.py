@@ -57,10 +57,11 @@ def get_provider_info() -> dict[str, Any]:
                     },
                     "preload": {
                         "description": "What Airflow's long-running components import before they fork tasks, which "
-                        "then need not: ``auto``, what every step needs, and the Kubernetes client (45 MB in each "
-                        "component) where ``KUBECONFIG``, ``~/.kube/config`` or a pod's service account leads to a "
-                        "cluster; ``all``, that client in any case, also for clusters that are reached by an Airflow "
-                        "connection; ``none``, nothing, nor is the metadata database made ready.",
+                        "then need not: ``auto``, what every step needs, the Docker client (15 MB in each component) "
+                        "where ``DOCKER_HOST`` or a socket leads to a daemon, and the Kubernetes client (45 MB) where "
+                        "``KUBECONFIG``, ``~/.kube/config`` or a pod's service account leads to a cluster; ``all``, "
+                        "both in any case, also for daemons and clusters that only pipelines name; ``none``, nothing, "
+                        "nor is the metadata database made ready.",
                         "version_added": "0.1.0",
                         "type": "string",
                         "example": "all",

@@ -193,17 +193,26 @@ def _make_handle(operator: StepOperator, context: Context, identity: TaskIdentit
 
 
 class TaskStateHandle:
-    """What was launched, in Airflow's task state store: a retry on another worker finds it."""
+    """What was launched, in Airflow's task state store: a retry on another worker finds it.
+
+    Airflow is asked once: while this try lives, nobody else has a say in it.
+    """
 
     def __init__(self, context: Context, attempt: int) -> None:
         self._store = context["task_state_store"]
         self._key = f"{_HANDLE_KEY}:{attempt}"
+        self._known: str | None = None
 
     def get(self) -> dict[str, Any] | None:
-        """Return what an earlier try launched, or None."""
-        value = self._store.get(self._key)
-        return json.loads(value) if isinstance(value, str) and value else None
+        """Return what was launched last, by this try or an earlier one, or None."""
+        if self._known is None:
+            value = self._store.get(self._key)
+            self._known = value if isinstance(value, str) else ""
+        return json.loads(self._known) if self._known else None
 
     def set(self, handle: dict[str, Any] | None) -> None:
         """Remember what was launched, or forget it."""
-        self._store.set(self._key, json.dumps(handle) if handle is not None else "")
+        text = json.dumps(handle) if handle is not None else ""
+        self._known = None  # whether it has arrived is not known if this is interrupted
+        self._store.set(self._key, text)
+        self._known = text

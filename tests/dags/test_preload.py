@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
 
 pytestmark = pytest.mark.airflow
 START = """
@@ -28,12 +29,20 @@ json.dump([name in sys.modules for name in names], sys.stdout)
 STEPS = "airflow_mlpipelines.operators.carrying_out"
 CLIENT = "kubernetes.client"
 HOOK = "airflow.providers.cncf.kubernetes.hooks.kubernetes"
+DOCKER = "docker.api.client"
 
 
-def start(home: Path, component: str = "Scheduler", **variables: str) -> tuple[list[bool], str]:
-    """Return which of the three a component has in memory once it has started, and what it said."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("KUBE")}
-    program = START.format(component=component, names=[STEPS, CLIENT, HOOK])
+def start(
+    home: Path,
+    component: str = "Scheduler",
+    *,
+    names: Sequence[str] = (STEPS, CLIENT, HOOK),
+    **variables: str,
+) -> tuple[list[bool], str]:
+    """Return which of ``names`` a component has in memory once it has started, and what it said."""
+    others = ("KUBE", "DOCKER_HOST")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
+    program = START.format(component=component, names=names)
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**kept, "HOME": str(home), "AIRFLOW_HOME": str(home), **variables},
@@ -62,6 +71,24 @@ def test_the_kubernetes_client_is_loaded_where_there_is_a_cluster(
     tmp_path: Path, variables: dict[str, str], loaded: list[bool]
 ) -> None:
     assert start(tmp_path, **variables)[0] == loaded
+
+
+@pytest.mark.parametrize(
+    ("variables", "loaded"),
+    [
+        ({}, Path("/var/run/docker.sock").exists()),
+        ({"DOCKER_HOST": "tcp://somewhere:2376"}, True),
+        ({"AIRFLOW__MLPIPELINES__PRELOAD": "all"}, True),
+        (
+            {"DOCKER_HOST": "tcp://somewhere:2376", "AIRFLOW__MLPIPELINES__PRELOAD": "none"},
+            False,
+        ),
+    ],
+)
+def test_the_docker_client_is_loaded_where_there_is_a_daemon(
+    tmp_path: Path, variables: dict[str, str], loaded: bool
+) -> None:
+    assert start(tmp_path, names=[DOCKER], **variables)[0] == [loaded]
 
 
 def test_a_users_own_kubeconfig_tells_that_there_is_a_cluster(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
 if TYPE_CHECKING:
@@ -76,6 +77,12 @@ def find_container(client: APIClient, name: str) -> dict[str, Any] | None:
     except NotFound:
         return None
     return found
+
+
+def has_containers(client: APIClient, step_run_id: str) -> bool:
+    """Return whether the daemon has a container of the step run, in whatever state."""
+    labels = {"label": f"{STEP_RUN_LABEL}={step_run_id}"}
+    return bool(client.containers(all=True, filters=labels))
 
 
 def find_start(compute: DockerComputeSpec, name: str) -> str | None:

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlpipelines.compute.container_layout import STEP_RUN_LABEL
-from airflow_mlpipelines.compute.docker.daemon import connect, daemon_url, unreachable
+from airflow_mlpipelines.compute.docker.daemon import (
+    connect,
+    daemon_url,
+    has_containers,
+    unreachable,
+)
 from airflow_mlpipelines.exceptions import ComputeUnavailableError
 
 if TYPE_CHECKING:
@@ -97,8 +101,7 @@ def locate(
     try:
         client = connect(there, timeout=_TIMEOUT)
         is_that_one = identify(client, there).id == noted["id"]
-        labels = {"label": f"{STEP_RUN_LABEL}={step_run_id}"}
-        is_there = is_that_one and bool(client.containers(all=True, filters=labels))
+        is_there = is_that_one and has_containers(client, step_run_id)
     except (ComputeUnavailableError, OSError) as error:
         raise _out_of_reach(compute, noted, own) from error
     if not is_that_one:  # each host calls its own by this URL

@@ -23,6 +23,7 @@ from airflow_mlpipelines.compute.docker.container import (
 from airflow_mlpipelines.compute.docker.daemon import (
     connect,
     find_container,
+    has_containers,
     remove_container,
     stop_container,
     unreachable,
@@ -218,9 +219,12 @@ class DockerLauncher(Launcher):
                 be reached from here.
         """
         self._go_to_survivor(step_run_id, handle)
-        if find_survivor(self._client, step_run_id, handle) is not None:
+        client = self._client
+        if not has_containers(client, step_run_id):
+            return False
+        if find_survivor(client, step_run_id, handle) is not None:
             return True
-        return find_survivors(self._client, step_run_id, handle) is not None
+        return find_survivors(client, step_run_id, handle) is not None
 
     def run(self, launch: StepLaunch, *, emit: Emit, handle: HandleStore) -> None:
         """Run the step's container to its end; an earlier try's is adopted, with its whole log.
