@@ -30,16 +30,17 @@ _MODULES = (
     "airflow_mlpipelines.compiler.render",
     "airflow_mlpipelines.operators.steps",
     "airflow_mlpipelines.operators.carrying_out",
+    "airflow_mlpipelines.execution.step",
     "airflow_mlpipelines.sensors.cache",
     "airflow_mlpipelines.sensors.planning",
     "airflow_mlpipelines.sensors.clearing",
     "airflow_mlpipelines.compute.local",
     "sqlalchemy.dialects.sqlite",
+    "blake3",
 )
 _DAEMON_MODULES = (
     "airflow_mlpipelines.compute.docker.launcher",
-    "airflow.providers.docker.hooks.docker",
-    "docker",
+    "airflow.providers.docker.operators.docker",
 )
 """What a step in a container needs besides; the client brings an SSH library with it where there is one."""
 _CLUSTER_MODULES = (

@@ -26,7 +26,7 @@ preload.on_starting({component}())
 names = {names!r}
 json.dump([name in sys.modules for name in names], sys.stdout)
 """
-STEPS = "airflow_mlpipelines.operators.carrying_out"
+STEPS = "airflow_mlpipelines.execution.program"
 CLIENT = "kubernetes.client"
 HOOK = "airflow.providers.cncf.kubernetes.hooks.kubernetes"
 DOCKER = "docker.api.client"

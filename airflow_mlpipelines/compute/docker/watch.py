@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 600.0
 """How long a daemon may be away before a step gives up on it."""
 _READS_AFTER_END = 5
 _PAUSE_AFTER_BREAK = 0.1
-_FIRST_PAUSE = 0.01
+_FIRST_PAUSE = 0.002
 _LONGEST_PAUSE = 2.0
 
 
