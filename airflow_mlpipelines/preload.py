@@ -2,8 +2,9 @@
 
 The scheduler forks the tasks of the LocalExecutor, and the dag-processor forks a process for every file.
 What they have imported their children find in memory: a step starts about 50 ms of processor time
-earlier, one in a container 250 ms, one in a pod 400 ms. And where the metadata database is SQLite, what a step asks of it is made ready. The plugin
-registers this module as a listener; ``hookimpl`` makes Airflow call it.
+earlier, one in a container 250 ms, one in a pod 400 ms. And where the metadata database is SQLite, what a
+step asks of it is made ready. The plugin registers this module as a listener; ``hookimpl`` makes Airflow
+call it.
 """
 
 from __future__ import annotations
