@@ -3,8 +3,8 @@
 Every pod waits until all of them run: so none may hold a worker's slot for long. The cluster is a node that is started
 here (``tests/cluster``), and the figure is the time from the run's start to its end. Each has a DAG file of its own, as
 its users have: every task imports what its file does. What this package loads into Airflow's components before they fork
-tasks is there for both. Both have retries: where a scheduler needs ten seconds to see that
-a task was deferred, and its trigger calls for it sooner, Airflow fails it ("state mismatch").
+tasks is there for both. Both have retries: where a scheduler needs ten seconds to see that a task was deferred, and its
+trigger calls for it sooner, Airflow fails it ("state mismatch").
 
 Run: ``python tests/benchmarks/bench_pods.py [--pods 100] [--json]``.
 """

@@ -15,7 +15,7 @@ import airflow_mlpipelines
 from airflow_mlpipelines.agent.job import Job, WantedInput, WantedOutput, describe_all
 from airflow_mlpipelines.compute.container_layout import container_paths
 from airflow_mlpipelines.compute.kubernetes.channel import Channel, ChannelError
-from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, STAGE
+from airflow_mlpipelines.compute.kubernetes.pod import OUTPUTS_KEEPER, STAGE, mount_document
 from airflow_mlpipelines.exceptions import DataError, StoreError
 from airflow_mlpipelines.storage.artifact import Artifact
 from airflow_mlpipelines.storage.portable import describe_store
@@ -53,19 +53,15 @@ def add_agent(spec: PodSpec, launch: StepLaunch, compute: KubernetesComputeSpec)
     manifest = spec.manifest["spec"]
     stage = next(item for item in manifest["initContainers"] if item["name"] == STAGE)
     keeper = next(item for item in manifest["containers"] if item["name"] == OUTPUTS_KEEPER)
-    mount = {"name": _JOB_VOLUME, "mountPath": _JOB_DIRECTORY, "readOnly": True}
     for helper in (stage, keeper):
         helper["image"] = compute.agent_image
         helper["resources"] = _RESOURCES
-        helper["volumeMounts"] = [*helper["volumeMounts"], mount]
     stage["command"] = [*_AGENT, "stage", _JOB_FILE]
     # An unexpected end leaves its last words where the worker finds them.
     stage["terminationMessagePolicy"] = "FallbackToLogsOnError"
-    source = {
-        "secretName": spec.name,
-        "items": [{"key": spec.key_of(_JOB_NAME), "path": _JOB_NAME}],
-    }
-    manifest["volumes"] = [*manifest["volumes"], {"name": _JOB_VOLUME, "secret": source}]
+    mount_document(
+        spec, _JOB_NAME, volume=_JOB_VOLUME, directory=_JOB_DIRECTORY, containers=(stage, keeper)
+    )
     if "activeDeadlineSeconds" in manifest:
         manifest["activeDeadlineSeconds"] += _STAGING_SECONDS
     return replace(spec, documents={_JOB_NAME: make_job(launch).to_json()})

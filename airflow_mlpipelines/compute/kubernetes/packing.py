@@ -12,7 +12,7 @@ from airflow_mlpipelines.compute.kubernetes.archive import (
     write_archive,
 )
 from airflow_mlpipelines.compute.kubernetes.lifetime import has_files
-from airflow_mlpipelines.compute.kubernetes.pod import STAGE
+from airflow_mlpipelines.compute.kubernetes.pod import STAGE, mount_document, secret_bytes
 from airflow_mlpipelines.compute.kubernetes.scripts import SHELL, UNPACK
 from airflow_mlpipelines.compute.kubernetes.volumes import has_helpers
 
@@ -47,7 +47,8 @@ def pack_files(spec: PodSpec, stage: Stage) -> PodSpec:
         entries.append(entry)
     packed = gzip.compress(b"".join(write_archive(entries)), mtime=0)
     others = (*spec.secrets.values(), *spec.documents.values())
-    if len(packed) > LARGEST or len(packed) + sum(map(_size, others)) > _LARGEST_SECRET:
+    whole = len(packed) + sum(len(secret_bytes(value)) for value in others)
+    if len(packed) > LARGEST or whole > _LARGEST_SECRET:
         return spec
     _mount(spec)
     return replace(spec, documents={**spec.documents, PACKED_NAME: packed})
@@ -67,20 +68,12 @@ def awaits_files(pod: Mapping[str, Any]) -> bool:
 
 
 def _mount(spec: PodSpec) -> None:
-    manifest = spec.manifest["spec"]
-    item = {"key": spec.key_of(PACKED_NAME), "path": PACKED_NAME}
-    source = {"secretName": spec.name, "items": [item]}
-    manifest["volumes"] = [*manifest["volumes"], {"name": _VOLUME, "secret": source}]
-    stage = next(item for item in manifest["initContainers"] if item["name"] == STAGE)
-    mount = {"name": _VOLUME, "mountPath": _DIRECTORY, "readOnly": True}
-    stage["volumeMounts"] = [*stage["volumeMounts"], mount]
+    init_containers = spec.manifest["spec"]["initContainers"]
+    stage = next(item for item in init_containers if item["name"] == STAGE)
+    mount_document(spec, PACKED_NAME, volume=_VOLUME, directory=_DIRECTORY, containers=(stage,))
     file = f"{_DIRECTORY}/{PACKED_NAME}"
     if stage["command"][0] == SHELL:
         stage["command"] = [SHELL, "-c", UNPACK, SHELL, file]
         stage["terminationMessagePolicy"] = "FallbackToLogsOnError"
     else:
         stage["command"] = [*stage["command"], file]
-
-
-def _size(value: str | bytes) -> int:
-    return len(value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape"))

@@ -21,7 +21,7 @@ from airflow_mlpipelines.compute.container_layout import (
 from airflow_mlpipelines.compute.kubernetes.scripts import KEEP, SHELL, WAIT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from airflow_mlpipelines.compute.base import StepLaunch
@@ -223,12 +223,27 @@ def secret_manifest(spec: PodSpec, owner: Mapping[str, Any]) -> Json:
             "ownerReferences": [owner_reference(owner)],
         },
         "data": {
-            spec.key_of(name): base64.b64encode(
-                value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
-            ).decode()
+            spec.key_of(name): base64.b64encode(secret_bytes(value)).decode()
             for name, value in values.items()
         },
     }
+
+
+def secret_bytes(value: str | bytes) -> bytes:
+    """Return what a Secret holds for a value."""
+    return value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
+
+
+def mount_document(
+    spec: PodSpec, name: str, *, volume: str, directory: str, containers: Iterable[Json]
+) -> None:
+    """Mount one document of the pod's Secret, read-only and alone, in some of the pod's containers."""
+    manifest = spec.manifest["spec"]
+    source = {"secretName": spec.name, "items": [{"key": spec.key_of(name), "path": name}]}
+    manifest["volumes"] = [*manifest["volumes"], {"name": volume, "secret": source}]
+    mount = {"name": volume, "mountPath": directory, "readOnly": True}
+    for container in containers:
+        container["volumeMounts"] = [*container["volumeMounts"], mount]
 
 
 def owner_reference(owner: Mapping[str, Any]) -> Json:
